@@ -1,0 +1,303 @@
+"""Dataclass schema of a model and of a run: every setting, its unit and its default.
+
+`ModelConfig` describes shapes and is hashable, so it can be a static argument of `jax.jit`.
+`RunConfig` describes one training phase; the files in `configs/` fill it in. Model sizes by name:
+`medmoe_jax/presets.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+PLACEMENTS = ("sparse", "first_half", "second_half", "dense")
+MODALITIES = ("CT", "MRI", "X-ray", "Pathology")
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message names it and says what to write instead."""
+
+
+@dataclass(unsafe_hash=True)
+class VisionConfig:
+    """CLIP vision tower (ViT). Defaults: CLIP ViT-L/14 at 336 pixels."""
+
+    image_size: int = 336  # pixels, height = width
+    patch_size: int = 14  # pixels
+    width: int = 1024
+    layers: int = 24
+    heads: int = 16
+    ffn: int = 4096
+    norm_eps: float = 1e-5
+    activation: str = "quick_gelu"  # quick_gelu | gelu
+    select_layer: int = -2  # hidden state that is the feature; -1 = output of the last layer
+    mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)  # of a channel, pixels in 0..1
+    std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+
+    @property
+    def patches(self) -> int:
+        """Image tokens of one image (class token not counted)."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def layers_run(self) -> int:
+        """How many layers are computed to reach the selected hidden state (hidden state 0 =
+        embeddings).
+        """
+        return self.select_layer if self.select_layer >= 0 else self.layers + 1 + self.select_layer
+
+    def validate(self) -> None:
+        """Raises ConfigError where the sizes do not fit together."""
+        if self.image_size % self.patch_size:
+            raise ConfigError(
+                f"vision: image_size {self.image_size} is not a multiple of patch_size "
+                f"{self.patch_size}"
+            )
+        if self.width % self.heads:
+            raise ConfigError(f"vision: width {self.width} is not a multiple of heads {self.heads}")
+        if not 0 <= self.layers_run <= self.layers:
+            raise ConfigError(
+                f"vision: select_layer {self.select_layer} does not exist in {self.layers} layers"
+            )
+
+
+@dataclass(unsafe_hash=True)
+class LlmConfig:
+    """Decoder-only language model. Defaults: Phi-2."""
+
+    family: str = "phi"  # phi (parallel block, biases) | stablelm (sequential block, SwiGLU)
+    vocab: int = 51200  # words, also rows of the embedding
+    width: int = 2560
+    layers: int = 32
+    ffn: int = 10240
+    heads: int = 32
+    kv_heads: int = 32
+    rotary_fraction: float = 0.4  # share of the head dimension that is rotated
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+    qkv_bias: bool = True  # phi: always; stablelm: a setting
+    lm_head_bias: bool = False  # True only in a plain Phi checkpoint; Med-MoE has none
+    max_positions: int = 2048
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.width // self.heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """Leading dimensions of a head that are rotated."""
+        return int(self.rotary_fraction * self.head_dim)
+
+    def validate(self) -> None:
+        """Raises ConfigError where the sizes do not fit together."""
+        if self.family not in ("phi", "stablelm"):
+            raise ConfigError(f"llm: family {self.family!r} is unknown; use 'phi' or 'stablelm'")
+        if self.width % self.heads or self.heads % self.kv_heads:
+            raise ConfigError(
+                f"llm: width {self.width}, heads {self.heads} and kv_heads {self.kv_heads} must "
+                "divide one another in turn"
+            )
+        if self.rotary_dim % 2:
+            raise ConfigError(
+                f"llm: rotary_fraction {self.rotary_fraction} gives an odd number "
+                f"({self.rotary_dim}) of dimensions"
+            )
+
+
+@dataclass(unsafe_hash=True)
+class MoeConfig:
+    """Mixture of experts in place of the FFN of some layers (paper equation 4)."""
+
+    experts: int = 4
+    top_k: int = 1  # 1: weight = softmax probability; 2: the two weights sum to one
+    placement: str = "sparse"  # sparse | first_half | second_half | dense | explicit, as in "0,3,5"
+    meta: bool = True  # the meta expert, always on and unweighted
+    use_residual: bool = False  # official option: a learned mix of routed output and meta expert, plus the meta expert
+    aux_coef: float = 0.0  # coefficient of the load-balancing loss; 0 = off
+    router_layers: int = 1  # linear layers of the router: 1 (official), 2 or 3
+    noise: bool = False  # Gumbel noise on the second choice, in training only
+
+    def layers(self, n_layers: int) -> tuple[int, ...]:
+        """Indices of the MoE layers in a decoder of `n_layers` layers, ascending.
+
+        Raises:
+          ConfigError: unknown placement, or an index that is out of range or doubled.
+        """
+        half = n_layers // 2
+        named = {
+            "sparse": range(0, n_layers, 2),
+            "first_half": range(half),
+            "second_half": range(half, n_layers),
+            "dense": range(n_layers),
+        }
+        if self.placement in named:
+            return tuple(named[self.placement])
+        try:
+            indices = tuple(int(i) for i in self.placement.split(","))
+        except ValueError:
+            raise ConfigError(
+                f"moe.placement {self.placement!r} is unknown; use one of {', '.join(PLACEMENTS)} "
+                "or indices like '0,3,5'"
+            ) from None
+        if len(set(indices)) != len(indices) or not all(0 <= i < n_layers for i in indices):
+            raise ConfigError(
+                f"moe.placement {self.placement!r}: indices must be different and below {n_layers}"
+            )
+        return tuple(sorted(indices))
+
+    def validate(self, n_layers: int) -> None:
+        """Raises ConfigError where the settings do not fit together."""
+        self.layers(n_layers)
+        if self.experts < 2:
+            raise ConfigError(f"moe.experts is {self.experts}; a mixture needs at least 2")
+        if self.top_k not in (1, 2):
+            raise ConfigError(f"moe.top_k is {self.top_k}; 1 and 2 are defined")
+        if self.router_layers not in (1, 2, 3):
+            raise ConfigError(f"moe.router_layers is {self.router_layers}; use 1, 2 or 3")
+        if self.use_residual and not self.meta:
+            raise ConfigError("moe.use_residual mixes in the meta expert; set moe.meta=True")
+
+
+@dataclass(unsafe_hash=True)
+class ModelConfig:
+    """All shapes of one Med-MoE model."""
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    llm: LlmConfig = field(default_factory=LlmConfig)
+    projector: str = "mlp2x_gelu"  # linear | mlpNx_gelu
+    moe: MoeConfig | None = None  # None: a dense model (stages 1 and 2)
+
+    @property
+    def projector_layers(self) -> int:
+        """Linear layers of the projector. Raises ConfigError on an unknown name."""
+        if self.projector == "linear":
+            return 1
+        depth = self.projector.removeprefix("mlp").removesuffix("x_gelu")
+        if self.projector == f"mlp{depth}x_gelu" and depth.isdigit() and int(depth) > 0:
+            return int(depth)
+        raise ConfigError(
+            f"projector {self.projector!r} is unknown; use 'linear' or 'mlpNx_gelu', as in "
+            "'mlp2x_gelu'"
+        )
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """Indices of the decoder's MoE layers; empty in a dense model."""
+        return self.moe.layers(self.llm.layers) if self.moe else ()
+
+    @property
+    def dense_layers(self) -> tuple[int, ...]:
+        """Indices of the decoder's layers that have a plain FFN."""
+        return tuple(i for i in range(self.llm.layers) if i not in self.moe_layers)
+
+    def validate(self) -> ModelConfig:
+        """Returns self. Raises ConfigError where the settings do not fit together."""
+        self.vision.validate()
+        self.llm.validate()
+        _ = self.projector_layers
+        if self.moe:
+            self.moe.validate(self.llm.layers)
+        return self
+
+
+def model_to_dict(config: ModelConfig) -> dict[str, Any]:
+    """Plain nested dict of a ModelConfig, for JSON."""
+    return dataclasses.asdict(config)
+
+
+def model_from_dict(data: dict[str, Any]) -> ModelConfig:
+    """Inverse of `model_to_dict`. Raises ConfigError on unknown or missing parts."""
+    try:
+        moe = data.get("moe")
+        vision = {k: tuple(v) if isinstance(v, list) else v for k, v in data["vision"].items()}
+        return ModelConfig(
+            vision=VisionConfig(**vision),
+            llm=LlmConfig(**data["llm"]),
+            projector=data["projector"],
+            moe=MoeConfig(**moe) if moe else None,
+        ).validate()
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"not a medmoe_jax model description: {error}") from error
+
+
+@dataclass
+class DataConfig:
+    """What is read and how it becomes batches."""
+
+    files: tuple[str, ...] = ()  # JSON or JSONL files in the LLaVA-Med / Med-MoE format
+    image_folder: str = ""  # paths in the files are relative to it
+    eval_files: tuple[str, ...] = ()  # held-out rows: router accuracy (router phase)
+    template: str = "phi"  # phi | stablelm | plain
+    image_aspect: str = "pad"  # pad (to a square) | square (centre crop only, as CLIP)
+    max_length: int = 2048  # tokens of one sample after image expansion; longer ones are errors
+    buckets: tuple[int, ...] = (256, 512, 1024, 2048)  # tokens: lengths that batches are padded to
+    workers: int = 0  # processes that read ahead; 0 = in the main process
+    on_error: str = "error"  # error | skip: what a bad row does
+    labels_per_modality: int = 0  # router phase: rows drawn for each modality; 0 = all
+
+
+@dataclass
+class OptimConfig:
+    """AdamW and its schedule (paper Tables 12, 13)."""
+
+    lr: float = 2e-5  # peak learning rate
+    warmup: float = 0.03  # share of all steps
+    schedule: str = "cosine"  # cosine | constant
+    epochs: float = 1.0
+    steps: int = 0  # optimiser steps; 0 = from epochs
+    batch_size: int = 128  # samples of one optimiser step, over all devices and accumulation
+    accumulate: int = 1  # micro-batches of one optimiser step
+    weight_decay: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    clip_norm: float = 0.0  # largest norm of the trainable gradient; 0 = no clipping
+
+
+@dataclass
+class MeshConfig:
+    """Devices along each axis; -1 fills one axis with what is left."""
+
+    data: int = -1
+    fsdp: int = 1
+    expert: int = 1
+
+
+@dataclass
+class LogConfig:
+    """What is written, and how often."""
+
+    every: int = 10  # steps between lines in metrics.jsonl and TensorBoard
+    save_every: int = 500  # steps between checkpoints
+    keep: int = 2  # checkpoints kept
+    tensorboard: bool = True
+
+
+@dataclass
+class RunConfig:
+    """One training phase."""
+
+    phase: str = "stage3"  # a name for the logs
+    init: str = (
+        ""  # folder of the model to start from (made by `convert to-jax` or by an earlier phase)
+    )
+    router: str = ""  # stage 3: router to use instead of the one in `init` (.pth, or a folder of the router phase)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    upcycle: str = "paper"  # stage 3, how experts start: paper | function_preserving
+    objective: str = "answer"  # answer (next token) | router (modality)
+    router_level: str = "token"  # router phase: label each token | the sample's mean hidden state
+    train: tuple[str, ...] = ()  # regexes of the parameters that train; everything else is frozen
+    official_aux: bool = (
+        False  # count padding in the load-balancing loss, as the official code does
+    )
+    compute_dtype: str = "bfloat16"
+    frozen_dtype: str = "bfloat16"  # how frozen weights are kept
+    remat: str = "full"  # none | full: what the backward pass recomputes
+    loss_chunk: int = 512  # tokens whose logits exist at once; 0 = all
+    seed: int = 0
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    log: LogConfig = field(default_factory=LogConfig)

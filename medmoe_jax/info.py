@@ -1,0 +1,117 @@
+"""Parameter counts of a configuration, total and activated: `python -m medmoe_jax.info --config
+configs/stage3.py:phi2`.
+
+Counts come from shapes alone; nothing is allocated.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from medmoe_jax.config import ModelConfig
+from medmoe_jax.models import layers, medmoe
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", help_string="A file of configs/, as in configs/stage3.py:phi2"
+)
+
+# Paper Table 14: (activated, total) in billions, by family.
+PAPER = {"phi": (3.6, 5.3), "stablelm": (2.0, 2.9)}
+
+
+def _size(tree: Any) -> int:
+    """Numbers in a nested dict of `Leaf`."""
+    if isinstance(tree, layers.Leaf):
+        return prod(tree.shape)
+    return sum(_size(v) for v in tree.values())
+
+
+def components(cfg: ModelConfig) -> dict[str, tuple[int, int]]:
+    """(total, activated for a token) parameters of each component.
+
+    The vision tower and the projector work for image tokens only; the embedding is a look-up and
+    counts as activated, as in the paper's figures.
+    """
+    tree = medmoe.leaves(cfg)
+    llm = tree["llm"]
+    parts: dict[str, tuple[int, int]] = {
+        "vision tower": (_size(tree["vision"]),) * 2,
+        "projector": (_size(tree["projector"]),) * 2,
+        "embedding": (_size(llm["embed"]),) * 2,
+        "attention and norms": (_size(llm["layers"]) + _size(llm["final_ln"]),) * 2,
+        "language-model head": (_size(llm["lm_head"]),) * 2,
+    }
+    if "mlp" in llm:
+        parts["plain FFNs"] = (_size(llm["mlp"]),) * 2
+    if cfg.moe:
+        experts = _size(llm["moe"]["experts"])
+        parts["experts"] = (experts, experts * cfg.moe.top_k // cfg.moe.experts)
+        parts["router"] = (
+            _size(llm["moe"]["router"]) + _size(llm["moe"].get("coefficient", {})),
+        ) * 2
+        if cfg.moe.meta:
+            parts["meta expert"] = (_size(llm["moe"]["meta"]),) * 2
+    return parts
+
+
+def report(cfg: ModelConfig) -> str:
+    """The table as text, beside the paper's Table 14 where the model is one of the paper's."""
+    parts = components(cfg)
+    lines = [f"{'component':<24}{'total':>16}{'activated':>16}"]
+    lines += [f"{name:<24}{total:>16,}{active:>16,}" for name, (total, active) in parts.items()]
+    language = [v for k, v in parts.items() if k not in ("vision tower", "projector")]
+    meta = parts.get("meta expert", (0, 0))
+
+    def line(name: str, rows: list[tuple[int, int]], less: tuple[int, int] = (0, 0)) -> str:
+        total, active = (
+            sum(column) - off for column, off in zip(zip(*rows, strict=True), less, strict=True)
+        )
+        return f"{name:<24}{total:>16,}{active:>16,}   {total / 1e9:.2f}B / {active / 1e9:.2f}B"
+
+    lines += ["-" * 56, line("all", list(parts.values())), line("language model", language)]
+    if cfg.moe:
+        lines.append(line("  without meta expert", language, meta))
+        lines += ["", f"MoE layers: {', '.join(map(str, cfg.moe_layers))} of {cfg.llm.layers}"]
+        lines += _paper(cfg)
+    return "\n".join(lines)
+
+
+def _paper(cfg: ModelConfig) -> list[str]:
+    moe = cfg.moe
+    full = cfg.llm.width in (2048, 2560)
+    if not full or moe is None or (moe.experts, moe.placement) != (4, "sparse"):
+        return []
+    active, total = PAPER[cfg.llm.family]
+    name = {"phi": "Phi-2", "stablelm": "StableLM-2"}[cfg.llm.family]
+    lines = [
+        "",
+        f"Paper, Table 14 ({name}): {active}B activated, {total}B in all (language model only).",
+        "Its activated figure is the language model with two FFNs active in each MoE layer: top-1 "
+        "+ meta expert, as the",
+        "official scripts run it (top-2 without a meta expert would give the same number). Its "
+        "total counts the four",
+        "experts and leaves the meta expert out: compare it with the total of the line 'without "
+        "meta expert'.",
+    ]
+    if cfg.llm.family == "stablelm":
+        lines.append(
+            "Table 14 gives StableLM width 2560, 32 layers and 16 MoE layers; the checkpoint has "
+            "width 2048, 24 layers and 12."
+        )
+    return lines
+
+
+def main(_: list[str]) -> None:
+    """Prints the report of --config."""
+    config = _CONFIG.value
+    print(f"{config.phase}: {config.model.llm.family}, projector {config.model.projector}")
+    print(report(config.model.validate()))
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main)

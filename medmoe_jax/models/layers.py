@@ -1,0 +1,189 @@
+"""Pure functions shared by the vision tower and the decoder, and the axis legend of the models.
+
+Axes: B batch, T sequence (queries), S keys, I image tokens, D width, N heads, K key/value heads, H
+head dimension, F FFN width, E experts, V vocabulary, L layers.
+
+Parameters are plain dicts. A module's parameters are described once, by a nested dict of `Leaf`;
+the Flax modules hold them and call these functions. Weights are cast to the dtype of the
+activations where they are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+Params = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One parameter: its shape and the standard deviation it starts with (`const` for a
+    constant).
+    """
+
+    shape: tuple[int, ...]
+    std: float = 0.02
+    const: float | None = None
+
+    def initialise(self, key: Array) -> Array:
+        """f32 array of `shape`."""
+        if self.const is not None:
+            return jnp.full(self.shape, self.const, jnp.float32)
+        return self.std * jax.random.normal(key, self.shape, jnp.float32)
+
+
+def initialise(key: Array, leaves: Any) -> Any:
+    """Arrays (f32) for a nested dict of `Leaf`; every parameter gets a random key of its own."""
+    flat, treedef = jax.tree.flatten(leaves, is_leaf=lambda x: isinstance(x, Leaf))
+    keys = jax.random.split(key, len(flat))
+    return jax.tree.unflatten(
+        treedef, [leaf.initialise(k) for leaf, k in zip(flat, keys, strict=True)]
+    )
+
+
+def norm_leaves(width: int, stack: tuple[int, ...] = ()) -> dict[str, Leaf]:
+    """Parameters of a layer norm over `width`, stacked along the leading axes `stack`."""
+    return {"scale": Leaf((*stack, width), const=1.0), "bias": Leaf((*stack, width), const=0.0)}
+
+
+def linear_leaves(
+    d_in: int, d_out: int, *, bias: bool, stack: tuple[int, ...] = (), std: float = 0.02
+) -> dict[str, Leaf]:
+    """Parameters of a linear layer: kernel [*stack, d_in, d_out] and, if `bias`, bias [*stack,
+    d_out].
+    """
+    leaves = {"kernel": Leaf((*stack, d_in, d_out), std=std)}
+    if bias:
+        leaves["bias"] = Leaf((*stack, d_out), const=0.0)
+    return leaves
+
+
+def linear(p: Params, x: Array) -> Array:
+    """x [..., d_in] -> [..., d_out] in the dtype of x."""
+    y = x @ p["kernel"].astype(x.dtype)
+    if "bias" not in p:
+        return y
+    bias = p["bias"].astype(x.dtype)
+    return y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
+
+
+def layer_norm(p: Params, x: Array, eps: float) -> Array:
+    """Layer norm over the last axis, statistics in float32, result in the dtype of x."""
+    x32 = x.astype(jnp.float32)
+    mean = x32.mean(-1, keepdims=True)
+    var = jnp.square(x32 - mean).mean(-1, keepdims=True)
+    shape = (1,) * (x.ndim - 1) + (x.shape[-1],)
+    scale = p["scale"].astype(jnp.float32).reshape(shape)
+    bias = p["bias"].astype(jnp.float32).reshape(shape)
+    return ((x32 - mean) * jax.lax.rsqrt(var + eps) * scale + bias).astype(x.dtype)
+
+
+def quick_gelu(x: Array) -> Array:
+    """x * sigmoid(1.702 x), CLIP's activation."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+def gelu(x: Array) -> Array:
+    """Exact (erf) GELU."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def mlp_leaves(
+    family: str, width: int, ffn: int, stack: tuple[int, ...] = ()
+) -> dict[str, dict[str, Leaf]]:
+    """Parameters of a feed-forward network: phi fc1, fc2 with biases; stablelm gate, up, down
+    without.
+    """
+    if family == "phi":
+        return {
+            "fc1": linear_leaves(width, ffn, bias=True, stack=stack),
+            "fc2": linear_leaves(ffn, width, bias=True, stack=stack),
+        }
+    return {
+        "gate": linear_leaves(width, ffn, bias=False, stack=stack),
+        "up": linear_leaves(width, ffn, bias=False, stack=stack),
+        "down": linear_leaves(ffn, width, bias=False, stack=stack),
+    }
+
+
+def mlp(p: Params, x: Array) -> Array:
+    """Feed-forward network: fc2(gelu_tanh(fc1 x)), or with `gate`, down(silu(gate x) * up x).
+
+    x [..., D].
+    """
+    if "gate" in p:
+        return linear(p["down"], jax.nn.silu(linear(p["gate"], x)) * linear(p["up"], x))
+    return linear(p["fc2"], jax.nn.gelu(linear(p["fc1"], x), approximate=True))
+
+
+def rope(x: Array, positions: Array, rotary_dim: int, theta: float) -> Array:
+    """Rotary embedding on the first `rotary_dim` dimensions of each head, halves rotated (NeoX
+    style).
+
+    Args:
+      x: [B, T, N, H].
+      positions: i32[B, T].
+      rotary_dim: even number of leading dimensions that rotate; the rest passes.
+      theta: base of the frequencies.
+
+    Returns:
+      [B, T, N, H] in the dtype of x; angles are computed in float32.
+    """
+    half = rotary_dim // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[:, :, None, None].astype(jnp.float32) * frequency[None, None, None, :]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    first, second = x[..., :half].astype(jnp.float32), x[..., half:rotary_dim].astype(jnp.float32)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+    return jnp.concatenate([rotated.astype(x.dtype), x[..., rotary_dim:]], -1)
+
+
+def attend(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
+    """Softmax attention with grouped key/value heads, logits and softmax in float32.
+
+    Args:
+      q: [B, T, N, H]; k, v: [B, S, K, H] with N a multiple of K.
+      mask: bool[B, 1, T, S], True where a query may look; None = everywhere. Every query needs one
+        True.
+
+    Returns:
+      [B, T, N, H] in the dtype of q.
+    """
+    return jax.nn.dot_product_attention(q, k, v, mask=mask)
+
+
+def causal_mask(valid: Array) -> Array:
+    """bool[B, 1, T, T]: a position sees valid positions up to itself, and always itself.
+
+    valid: bool[B, T].
+    """
+    t = valid.shape[1]
+    lower = jnp.tril(jnp.ones((t, t), bool))
+    # A padded position looks at itself, so that its softmax is defined; nobody looks at it.
+    return (lower[None] & valid[:, None, :] | jnp.eye(t, dtype=bool)[None])[:, None]
+
+
+def remat(body: Callable, policy: str) -> Callable:
+    """`body` with its intermediates recomputed in the backward pass.
+
+    Args:
+      body: a function for `jax.lax.scan`.
+      policy: `none` keeps everything, `dots` keeps products with weights, `full` keeps nothing.
+
+    Raises:
+      ValueError: unknown policy.
+    """
+    if policy == "none":
+        return body
+    if policy == "full":
+        return jax.checkpoint(body, prevent_cse=False)
+    if policy == "dots":
+        save = jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims
+        return jax.checkpoint(body, prevent_cse=False, policy=save)
+    raise ValueError(f"remat {policy!r} is unknown; use 'none', 'dots' or 'full'")

@@ -1,0 +1,188 @@
+"""Mixture of domain experts with a frozen router and a meta expert that is always on. Next stop:
+`optim.py`.
+
+    out = sum_k w_k expert_k(x) + meta(x)                                   (paper equation 4)
+
+The router is a small network in float32 that reads each token. Top-1 weighs its expert by the raw
+softmax probability; top-2 renormalises the two probabilities. No token is ever dropped.
+
+Source: official `TopKGate`, `top1gating`, `top2gating` and `MoE.forward`. Deliberate differences:
+dropless for any number of experts (the official top-2 can drop tokens above 8 experts), no noise at
+inference, and padding does not count in the load-balancing loss unless asked for.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from medmoe_jax.config import LlmConfig, MoeConfig
+from medmoe_jax.models import layers
+from medmoe_jax.models.layers import Array, Leaf, Params
+
+
+class Routing(NamedTuple):
+    """What the router decided for every token."""
+
+    logits: Array  # f32[B, T, E]
+    choice: Array  # i32[B, T, top_k], first choice first
+    weight: Array  # f32[B, T, top_k]
+    aux: Array  # f32[], load-balancing loss of the layer, without its coefficient
+
+
+def router_leaves(
+    width: int, experts: int, depth: int, stack: tuple[int, ...] = ()
+) -> dict[str, dict[str, Leaf]]:
+    """Parameters fc1 .. fcDEPTH of a router: hidden layers keep `width`."""
+    outs = [width] * (depth - 1) + [experts]
+    return {
+        f"fc{i}": layers.linear_leaves(width, out, bias=True, stack=stack, std=width**-0.5)
+        for i, out in enumerate(outs, start=1)
+    }
+
+
+def leaves(llm: LlmConfig, moe: MoeConfig, stack: tuple[int, ...]) -> dict[str, Any]:
+    """Parameters of MoE layers, stacked along the leading axes `stack` (then E for the experts)."""
+    tree: dict[str, Any] = {
+        "router": router_leaves(llm.width, moe.experts, moe.router_layers, stack),
+        "experts": layers.mlp_leaves(llm.family, llm.width, llm.ffn, (*stack, moe.experts)),
+    }
+    if moe.meta:
+        tree["meta"] = layers.mlp_leaves(llm.family, llm.width, llm.ffn, stack)
+    if moe.use_residual:
+        tree["coefficient"] = layers.linear_leaves(llm.width, 2, bias=True, stack=stack)
+    return tree
+
+
+def router_logits(p: Params, x: Array) -> Array:
+    """Scores of the experts, in float32 with bias; GELU between layers where there are several.
+
+    Args:
+      p: fc1 (, fc2, fc3), each kernel and bias.
+      x: [..., D], any float dtype.
+
+    Returns:
+      f32[..., E].
+    """
+    p32 = jax.tree.map(lambda a: a.astype(jnp.float32), p)
+    x = layers.linear(p32["fc1"], x.astype(jnp.float32))
+    for i in range(2, len(p32) + 1):
+        x = layers.linear(p32[f"fc{i}"], layers.gelu(x))
+    return x
+
+
+def route(logits: Array, top_k: int, counted: Array, noise_key: Array | None = None) -> Routing:
+    """Chooses experts and weights.
+
+    Args:
+      logits: f32[B, T, E].
+      top_k: 1 or 2.
+      counted: bool[B, T], tokens that count in the load-balancing loss.
+      noise_key: with top-2, Gumbel noise is added to the scores of the second choice (official
+        training).
+
+    Returns:
+      Routing; ties go to the lower index. The loss is E * sum_e mean(prob_e) * mean(first choice is
+      e).
+    """
+    experts = logits.shape[-1]
+    probs = jax.nn.softmax(logits, axis=-1)
+    first = jnp.argmax(logits, axis=-1)
+    first_hot = jax.nn.one_hot(first, experts, dtype=jnp.float32)
+    p1 = jnp.take_along_axis(probs, first[..., None], -1)
+    if top_k == 1:
+        choice, weight = first[..., None], p1
+    else:
+        scores = (
+            logits if noise_key is None else logits + jax.random.gumbel(noise_key, logits.shape)
+        )
+        second = jnp.argmax(jnp.where(first_hot > 0, -jnp.inf, scores), axis=-1)
+        p2 = jnp.take_along_axis(probs, second[..., None], -1)
+        choice = jnp.stack([first, second], -1)
+        weight = jnp.concatenate([p1, p2], -1)
+        weight = weight / jnp.maximum(p1 + p2, jnp.finfo(jnp.float32).eps)
+    share = counted.astype(jnp.float32)[..., None]
+    total = jnp.maximum(share.sum(), 1.0)
+    aux = (
+        experts * jnp.sum((probs * share).sum((0, 1)) * (first_hot * share).sum((0, 1))) / total**2
+    )
+    return Routing(logits, choice, weight, aux)
+
+
+def combine_weights(routing: Routing) -> Array:
+    """f32[B, T, E]: weight of each expert's output, zero where not chosen."""
+    hot = jax.nn.one_hot(routing.choice, routing.logits.shape[-1], dtype=jnp.float32)
+    return (hot * routing.weight[..., None]).sum(-2)
+
+
+def experts_reference(p: Params, x: Array, routing: Routing) -> Array:
+    """sum_k w_k expert_k(x) by running every expert on every token: slow, obvious, right.
+
+    Args:
+      p: expert parameters with leading axis E.
+      x: [B, T, D].
+      routing: of the same tokens.
+
+    Returns:
+      [B, T, D] in the dtype of x.
+    """
+    weights = combine_weights(routing).astype(x.dtype)
+    outputs = jax.vmap(layers.mlp, in_axes=(0, None))(p, x)
+    return jnp.einsum("ebtd,bte->btd", outputs, weights)
+
+
+def moe_layer(
+    p: Params,
+    cfg: MoeConfig,
+    x: Array,
+    counted: Array,
+    noise_key: Array | None = None,
+) -> tuple[Array, Routing]:
+    """The feed-forward part of a MoE layer.
+
+    Args:
+      p: one layer's `router`, `experts`, `meta` and, with use_residual, `coefficient`.
+      cfg: top_k, meta, use_residual.
+      x: [B, T, D], input of the FFN.
+      counted: bool[B, T], see `route`.
+      noise_key: see `route`.
+
+    Returns:
+      [B, T, D] in the dtype of x, and the routing.
+    """
+    chex.assert_equal_shape_prefix([x, counted], 2)
+    with jax.named_scope("moe"):
+        routing = route(router_logits(p["router"], x), cfg.top_k, counted, noise_key)
+        y = experts_reference(p["experts"], x, routing)
+        if not cfg.meta:
+            return y, routing
+        meta = layers.mlp(p["meta"], x)
+        if cfg.use_residual:
+            # The official "residual MLP" shares its parameters with the meta expert, which is added
+            # once more.
+            mix = jax.nn.softmax(layers.linear(p["coefficient"], x), axis=-1)
+            y = y * mix[..., :1] + meta * mix[..., 1:]
+        return y + meta, routing
+
+
+class MoeLayer(nn.Module):
+    """Holds one MoE layer's parameters; `moe_layer` is the mathematics."""
+
+    llm: LlmConfig
+    cfg: MoeConfig
+
+    @nn.compact
+    def tree(self) -> Params:
+        """The parameters of one layer as a nested dict."""
+        return {
+            k: self.param(k, layers.initialise, v)
+            for k, v in leaves(self.llm, self.cfg, ()).items()
+        }
+
+    def __call__(self, x: Array, counted: Array) -> tuple[Array, Routing]:
+        """[B, T, D], bool[B, T] -> [B, T, D] and the routing."""
+        return moe_layer(self.tree(), self.cfg, x, counted)

@@ -1,0 +1,120 @@
+"""Which parameters train, and how. Next stop: `sharding.py`.
+
+A phase names what trains by regexes. They become one label a parameter, and the labels drive
+`optax.multi_transform`: AdamW for `train`, nothing for `frozen`. A frozen parameter owns no
+optimiser state, its gradient is never computed, and it is never written.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding
+
+from medmoe_jax.config import ConfigError, OptimConfig
+
+TRAIN, FROZEN = "train", "frozen"
+Flat = dict[str, Any]  # path -> array
+
+
+def labels(paths: list[str], patterns: tuple[str, ...]) -> dict[str, str]:
+    """Labels every path: TRAIN if one of the regexes matches the whole of it, else FROZEN.
+
+    Raises:
+      ConfigError: a regex matches nothing (a typo would freeze silently), or nothing trains.
+    """
+    for pattern in patterns:
+        if not any(re.fullmatch(pattern, path) for path in paths):
+            raise ConfigError(f"train: the regex {pattern!r} matches no parameter of this model")
+    if not patterns:
+        raise ConfigError("train: no regex given, nothing would train")
+    return {
+        path: TRAIN if any(re.fullmatch(p, path) for p in patterns) else FROZEN for path in paths
+    }
+
+
+def split(flat: Flat, label: dict[str, str]) -> tuple[Flat, Flat]:
+    """(trainable, frozen) parts of a path -> array dict."""
+    train = {k: v for k, v in flat.items() if label[k] == TRAIN}
+    return train, {k: v for k, v in flat.items() if label[k] == FROZEN}
+
+
+def schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
+    """Learning rate by step: linear warm-up from 0 over ceil(warmup * steps), then cosine to 0 or
+    constant.
+
+    Source: transformers `get_cosine_schedule_with_warmup`, which the official scripts select.
+
+    Raises:
+      ConfigError: unknown schedule.
+    """
+    rise = -int(-cfg.warmup * steps // 1)
+    if cfg.schedule == "cosine":
+        after = optax.cosine_decay_schedule(cfg.lr, max(steps - rise, 1))
+    elif cfg.schedule == "constant":
+        after = optax.constant_schedule(cfg.lr)
+    else:
+        raise ConfigError(f"optim.schedule {cfg.schedule!r} is unknown; use 'cosine' or 'constant'")
+    return optax.join_schedules([optax.linear_schedule(0.0, cfg.lr, max(rise, 1)), after], [rise])
+
+
+def make(cfg: OptimConfig, steps: int, label: dict[str, str]) -> optax.GradientTransformation:
+    """AdamW on trainable leaves.
+
+    Clipping is inside the train branch: the norm is over trainable leaves only.
+    """
+    adamw = optax.adamw(
+        schedule(cfg, steps), b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay
+    )
+    clip = [optax.clip_by_global_norm(cfg.clip_norm)] if cfg.clip_norm else []
+    branches = {TRAIN: optax.chain(*clip, adamw), FROZEN: optax.set_to_zero()}
+    return optax.multi_transform(branches, label)
+
+
+def update(
+    tx: optax.GradientTransformation, grads: Flat, state: Any, train: Flat, frozen: Flat
+) -> tuple[Flat, Any]:
+    """One optimiser step. Gradients are of the trainable leaves only; the frozen ones are not
+    written at all.
+
+    Args:
+      tx: from `make`.
+      grads: gradients of `train`.
+      state: optimiser state.
+      train, frozen: parameters, see `split`.
+
+    Returns:
+      New trainable parameters and optimiser state.
+    """
+    # multi_transform wants a whole tree; nothing reads these zeros, so the compiled step does not
+    # hold them.
+    whole = grads | {k: jnp.zeros_like(v) for k, v in frozen.items()}
+    updates, state = tx.update(whole, state, train | frozen)
+    return {k: optax.apply_updates(v, updates[k]) for k, v in train.items()}, state
+
+
+def group_table(flat: Flat, label: dict[str, str]) -> str:
+    """Table of parameter groups: name, tensors, numbers, dtype, sharding, train or frozen."""
+    rows: dict[tuple[str, ...], list[int]] = {}
+    for path, value in flat.items():
+        depth = 3 if path.startswith("llm/moe/") else 2 if path.startswith("llm/") else 1
+        sharding = value.sharding if isinstance(value, jax.Array) else None
+        where = str(tuple(sharding.spec)) if isinstance(sharding, NamedSharding) else "-"
+        key = ("/".join(path.split("/")[:depth]), str(value.dtype), where, label[path])
+        count = rows.setdefault(key, [0, 0])
+        count[0] += 1
+        count[1] += value.size
+    head = ("parameters", "dtype", "sharding", "label", "tensors", "numbers")
+    body = [(*key, str(n), f"{size:,}") for key, (n, size) in rows.items()]
+    widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(w) if i >= 4 else cell.ljust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in [head, *body]
+    )

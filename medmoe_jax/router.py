@@ -1,0 +1,84 @@
+"""The router phase: a fresh router, and a report of how well it tells the modalities apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from medmoe_jax import losses
+from medmoe_jax.config import MODALITIES, ModelConfig, MoeConfig
+from medmoe_jax.models import layers, medmoe, moe
+
+
+def fresh(cfg: ModelConfig, mixture: MoeConfig, seed: int) -> dict[str, Any]:
+    """Random router parameters (f32) for `mixture` on a model of width cfg.llm.width."""
+    leaves = moe.router_leaves(cfg.llm.width, mixture.experts, mixture.router_layers)
+    return layers.initialise(jax.random.key(seed), leaves)
+
+
+def evaluate(
+    params: dict[str, Any],
+    model: ModelConfig,
+    mixture: MoeConfig,
+    batches: Iterable[dict[str, np.ndarray]],
+    dtype: Any,
+) -> dict[str, Any]:
+    """Accuracy of the router on labelled batches.
+
+    Args:
+      params: dense parameters with a top-level `router`.
+      model: the dense model.
+      mixture: which layers it is read at.
+      batches: with modality i32[B]; rows with -1 are left out.
+      dtype: of the computation.
+
+    Returns:
+      n, accuracy (sample: argmax of the posterior over all layers and tokens), token_accuracy
+      (every token of every layer by itself), confusion [true][predicted] with its class names.
+    """
+    placed = jnp.asarray(mixture.layers(model.llm.layers))
+
+    @jax.jit
+    def predict(p: Any, batch: Any) -> tuple[Any, Any]:
+        _, reports = medmoe.forward(p, model, batch, dtype=dtype, probe=p["router"])
+        logits, mask = reports["probe"][placed], batch["mask"]
+        right = (logits.argmax(-1) == batch["modality"][None, :, None]) & mask[None]
+        return losses.posterior(logits, mask), right.sum((0, 2))
+
+    n = max(mixture.experts, len(MODALITIES))
+    confusion = np.zeros((n, n), int)
+    right = tokens = 0
+    for batch in batches:
+        arrays = {k: batch[k] for k in ("tokens", "image_pos", "mask", "images", "modality")}
+        posterior, right_tokens = jax.device_get(predict(params, arrays))
+        known = (batch["modality"] >= 0) & batch["mask"].any(-1)
+        np.add.at(confusion, (batch["modality"][known], posterior.argmax(-1)[known]), 1)
+        right += int(right_tokens[known].sum())
+        tokens += int(batch["mask"][known].sum()) * len(placed)
+    total = int(confusion.sum())
+    names = [*MODALITIES, *(f"expert {i}" for i in range(len(MODALITIES), n))]
+    return {
+        "n": total,
+        "accuracy": float(np.trace(confusion) / max(total, 1)),
+        "token_accuracy": right / max(tokens, 1),
+        "classes": names,
+        "confusion": confusion.tolist(),
+    }
+
+
+def report_table(report: dict[str, Any]) -> str:
+    """The report as text: accuracy and the confusion matrix (rows: truth, columns: router)."""
+    names = report["classes"]
+    width = max(len(n) for n in names) + 2
+    lines = [
+        f"router accuracy {report['accuracy']:.1%} of {report['n']} samples, "
+        f"{report['token_accuracy']:.1%} of single tokens",
+        " " * width + "".join(n.rjust(width) for n in names),
+    ]
+    for name, row in zip(names, report["confusion"], strict=True):
+        lines.append(name.ljust(width) + "".join(str(c).rjust(width) for c in row))
+    return "\n".join(lines)

@@ -1,0 +1,135 @@
+"""One optimiser step: forward, loss, gradients of what trains, update.
+
+Pure and compiled once per batch shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.traverse_util import unflatten_dict
+
+from medmoe_jax import losses, optim
+from medmoe_jax.config import ConfigError, ModelConfig, RunConfig
+from medmoe_jax.models import medmoe
+
+Array = jax.Array
+Flat = dict[str, Any]
+
+
+class State(NamedTuple):
+    """What a training checkpoint holds. Frozen parameters are not part of it."""
+
+    step: Array  # i32[]: optimiser steps done
+    train: Flat  # path -> f32 master weights
+    opt: Any  # optimiser state
+
+
+class Loss(NamedTuple):
+    """Sums over a (micro-)batch."""
+
+    rows: Array  # f32[B]: sum of token losses of each row
+    counts: Array  # i32[B]: labelled tokens of each row
+    aux: Array  # f32[]: load-balancing loss summed over layers, without its coefficient
+
+
+def forward_loss(
+    cfg: RunConfig,
+    model: ModelConfig,
+    flat: Flat,
+    batch: dict[str, Array],
+    key: Array | None = None,
+) -> Loss:
+    """Loss of a batch under the run's objective (`answer` or `router`).
+
+    Args:
+      cfg: objective, dtype, rematerialisation, loss chunk.
+      model: shapes.
+      flat: all parameters, path -> array.
+      batch: see `models.medmoe.forward`, with labels i32[B, T] and modality i32[B].
+      key: noise of the second expert choice, if `moe.noise`.
+
+    Raises:
+      ConfigError: unknown objective.
+    """
+    params = unflatten_dict(flat, sep="/")
+    dtype = jnp.dtype(cfg.compute_dtype)
+    probe = params["router"] if cfg.objective == "router" else None
+    hidden, reports = medmoe.forward(
+        params,
+        model,
+        batch,
+        dtype=dtype,
+        remat=cfg.remat,
+        official_aux=cfg.official_aux,
+        noise_key=key,
+        probe=probe,
+    )
+    if cfg.objective == "router":
+        logits = reports["probe"][jnp.asarray(cfg.model.moe_layers)]
+        rows, counts = losses.router_loss(
+            logits, batch["mask"], batch["modality"], cfg.router_level
+        )
+        return Loss(rows, counts, jnp.zeros(()))
+    if cfg.objective != "answer":
+        raise ConfigError(f"objective {cfg.objective!r} is unknown; use 'answer' or 'router'")
+    rows, counts = losses.answer_loss(
+        hidden, lambda h: medmoe.logits(params, h), batch["labels"], cfg.loss_chunk
+    )
+    return Loss(rows, counts, reports["aux"].sum() if "aux" in reports else jnp.zeros(()))
+
+
+def make_step(
+    cfg: RunConfig, model: ModelConfig, tx: optax.GradientTransformation
+) -> Callable[[State, Flat, dict[str, Array]], tuple[State, dict[str, Array]]]:
+    """Compiles (state, frozen, batch) -> (state, metrics); the state's buffers are reused.
+
+    The loss is the mean over all labelled tokens of the step plus aux_coef times the load-balancing
+    loss, whatever `optim.accumulate` is (the official code averages micro-batch means instead).
+
+    Metrics: loss, ce, aux, grad_norm (trainable leaves), tokens (labelled), and rows f32[B] (mean
+      loss of each row).
+    """
+    parts = cfg.optim.accumulate
+    coef = model.moe.aux_coef if model.moe else 0.0
+    noisy = model.moe is not None and model.moe.noise and model.moe.top_k == 2
+
+    def micro(
+        train: Flat, frozen: Flat, batch: dict[str, Array], key: Array | None
+    ) -> tuple[Array, Loss]:
+        loss = forward_loss(cfg, model, train | frozen, batch, key)
+        return loss.rows.sum() + coef * loss.aux * loss.counts.sum(), loss
+
+    def step(state: State, frozen: Flat, batch: dict[str, Array]) -> tuple[State, dict[str, Array]]:
+        pieces = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(cfg.seed), state.step), parts)
+
+        def accumulate(grads: Flat, piece: tuple[dict[str, Array], Array]) -> tuple[Flat, Loss]:
+            part, key = piece
+            new, loss = jax.grad(micro, has_aux=True)(
+                state.train, frozen, part, key if noisy else None
+            )
+            return jax.tree.map(jnp.add, grads, new), loss
+
+        zeros = jax.tree.map(jnp.zeros_like, state.train)
+        grads, loss = jax.lax.scan(accumulate, zeros, (pieces, keys))
+        count = jnp.maximum(loss.counts.sum(), 1)
+        grads = jax.tree.map(lambda g: g / count, grads)
+        train, opt = optim.update(tx, grads, state.opt, state.train, frozen)
+        ce = loss.rows.sum() / count
+        aux = (loss.aux * loss.counts.sum(-1)).sum() / count
+        metrics = {
+            "loss": ce + coef * aux,
+            "ce": ce,
+            "aux": aux,
+            "grad_norm": optax.global_norm(grads),
+            "tokens": loss.counts.sum(),
+            "rows": (loss.rows / jnp.maximum(loss.counts, 1)).reshape(-1),
+        }
+        return State(state.step + 1, train, opt), metrics
+
+    return jax.jit(step, donate_argnums=0)
