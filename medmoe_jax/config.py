@@ -114,7 +114,7 @@ class MoeConfig:
     top_k: int = 1  # 1: weight = softmax probability; 2: the two weights sum to one
     placement: str = "sparse"  # sparse | first_half | second_half | dense | explicit, as in "0,3,5"
     meta: bool = True  # the meta expert, always on and unweighted
-    use_residual: bool = False  # official option: a learned mix of routed output and meta expert, plus the meta expert
+    use_residual: bool = False  # official option: c0 * routed + c1 * meta + meta, c learned
     aux_coef: float = 0.0  # coefficient of the load-balancing loss; 0 = off
     router_layers: int = 1  # linear layers of the router: 1 (official), 2 or 3
     noise: bool = False  # Gumbel noise on the second choice, in training only
@@ -280,22 +280,18 @@ class RunConfig:
     """One training phase."""
 
     phase: str = "stage3"  # a name for the logs
-    init: str = (
-        ""  # folder of the model to start from (made by `convert to-jax` or by an earlier phase)
-    )
-    router: str = ""  # stage 3: router to use instead of the one in `init` (.pth, or a folder of the router phase)
+    init: str = ""  # model folder to start from: `convert to-jax`, or `model` of an earlier phase
+    router: str = ""  # stage 3: a router .pth or model folder to use instead of the one in `init`
     model: ModelConfig = field(default_factory=ModelConfig)
     upcycle: str = "paper"  # stage 3, how experts start: paper | function_preserving
     objective: str = "answer"  # answer (next token) | router (modality)
-    router_level: str = "token"  # router phase: label each token | the sample's mean hidden state
+    router_level: str = "token"  # router phase: label every token | the sample's mean score
     train: tuple[str, ...] = ()  # regexes of the parameters that train; everything else is frozen
-    official_aux: bool = (
-        False  # count padding in the load-balancing loss, as the official code does
-    )
+    official_aux: bool = False  # count padding in the load-balancing loss, as the official code
     compute_dtype: str = "bfloat16"
     frozen_dtype: str = "bfloat16"  # how frozen weights are kept
-    remat: str = "full"  # none | full: what the backward pass recomputes
-    loss_chunk: int = 512  # tokens whose logits exist at once; 0 = all
+    remat: str = "full"  # none | dots | full: what the backward pass recomputes
+    loss_chunk: int = 512  # places of a row whose logits exist at once; 0 = all
     seed: int = 0
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -74,11 +74,10 @@ def greedy(
 
     x = medmoe.merge(p, tokens, batch["image_pos"], valid, image, dtype)
     reach = jnp.arange(size)[None, :] <= jnp.arange(t)[:, None]
-    own = jnp.arange(size)[None, :] == jnp.arange(t)[:, None]
     logits, cache = run(
         x,
         jnp.maximum(jnp.cumsum(valid, -1) - 1, 0),
-        (seen[:, None] & reach[None] | own[None])[:, None],
+        (seen[:, None] & reach[None])[:, None],
         0,
         decoder.empty_cache(cfg, b, size, dtype),
     )

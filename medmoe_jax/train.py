@@ -1,32 +1,35 @@
 """Training of any phase: `python -m medmoe_jax.train --config configs/stage3.py:phi2 --workdir
 DIR`.
 
-Read top to bottom: model -> what trains -> data -> resume -> loop -> model folder. Next stop:
-`models/medmoe.py`.
+Read top to bottom: where the weights come from -> data -> what trains -> resume -> loop -> result.
+Next stop: `models/medmoe.py`.
 
-Where the weights come from: a checkpoint in the workdir if there is one (then also the optimiser
-and the place in the data), else the model folder `config.init`. Frozen weights always come from
-`config.init`.
+Weights come from a checkpoint in the workdir if there is one (then also the optimiser and the place
+in the data), else from the model folder `config.init`. Frozen weights always come from `init`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
-from flax.traverse_util import flatten_dict
+from absl import app, flags, logging
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import config_flags
 
-from medmoe_jax import checkpoint, log, optim, resume, router, sharding, step, upcycle
-from medmoe_jax.config import ConfigError, RunConfig
-from medmoe_jax.data import pipeline, sources, tokens
+from medmoe_jax import checkpoint, optim, resume, router, sharding, step, upcycle
+from medmoe_jax.config import ConfigError, ModelConfig, RunConfig
+from medmoe_jax.data import check, images, pipeline, problems, sources, tokens
+from medmoe_jax.report import NotFinite, Reporter
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", help_string="A file of configs/, as in configs/stage3.py:phi2"
@@ -35,12 +38,9 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run: checkpoints, metrics and the finished model"
 )
 
+ON_DEVICE = ("tokens", "image_pos", "labels", "mask", "images", "modality")
 # The router decides in float32 whatever the rest of the model is stored in.
 KEEP_FLOAT32 = ("router/", "llm/moe/router/", "llm/moe/coefficient/")
-
-
-class NotFinite(RuntimeError):
-    """A loss or a gradient became NaN or infinite."""
 
 
 def starting_point(cfg: RunConfig) -> tuple[dict[str, Any], checkpoint.ModelMeta]:
@@ -73,7 +73,8 @@ def starting_point(cfg: RunConfig) -> tuple[dict[str, Any], checkpoint.ModelMeta
                 "config.router to a .pth file"
             )
         params, model = upcycle.upcycle(params, model, mixture, source, cfg.upcycle)
-        line += f", {mixture.experts} experts, top-{mixture.top_k}, {mixture.placement}, {cfg.upcycle} start"
+        line += f", {mixture.experts} experts, top-{mixture.top_k}, {mixture.placement}"
+        line += f", {cfg.upcycle} start"
     elif mixture is not None and mixture != model.moe:
         raise ConfigError(
             f"config.model.moe is {mixture}, but {cfg.init} holds {model.moe}: make them equal"
@@ -103,27 +104,46 @@ def placed(
     return sharding.place(train, mesh), sharding.place(frozen, mesh)
 
 
-def load_samples(cfg: RunConfig, workdir: Path) -> list[sources.Sample]:
-    """Rows of config.data.files, bad ones reported; for the router phase as many as asked for a
-    modality.
+class Data(NamedTuple):
+    """What a phase reads."""
+
+    samples: list[sources.Sample]
+    rest: list[sources.Sample]  # labelled rows to judge the router by
+    left_out: list[problems.Problem]
+    batches: Callable[[list[sources.Sample], bool], pipeline.Batches]  # (rows, training) -> batches
+
+
+def load_data(cfg: RunConfig, model: ModelConfig) -> Data:
+    """Reads and checks config.data.files with the tokenizer and the image settings of `init`.
+
+    Raises:
+      ConfigError: the image settings do not fit the vision tower.
+      DataError: rows that cannot be used, unless config.data.on_error is 'skip'.
     """
-    if not cfg.data.files:
-        raise ConfigError("config.data.files is empty: name the JSON files to train on")
-    return sources.load(
-        cfg.data.files, cfg.data.image_folder, cfg.data.on_error, workdir / "skipped.jsonl"
-    )
-
-
-def check_finite(number: int, metrics: dict[str, Any], rows: list[str]) -> None:
-    """Raises NotFinite naming the metric, and the rows of the batch whose loss is not finite."""
-    bad = [k for k in ("loss", "grad_norm") if not np.isfinite(metrics[k])]
-    if bad:
-        at = np.flatnonzero(~np.isfinite(metrics["rows"]))
-        named = [rows[i] for i in at] or rows
-        raise NotFinite(
-            f"step {number}: {', '.join(bad)} is not finite; rows: {'; '.join(named)}. "
-            "Look at these rows, lower config.optim.lr or set config.optim.clip_norm=1.0"
+    tokenizer = tokens.load_tokenizer(Path(cfg.init) / "tokenizer", model.llm.family)
+    settings = Path(cfg.init) / "preprocessor_config.json"
+    spec = images.read_image_spec(settings, cfg.data.image_aspect)
+    if spec.crop != model.vision.image_size:
+        raise ConfigError(
+            f"{settings} makes images of {spec.crop} pixels, the vision tower takes "
+            f"{model.vision.image_size}; use the file that belongs to the tower"
         )
+    patches = model.vision.patches
+    loaded = check.load_samples(cfg.data.files, cfg.data, tokenizer, patches)
+    samples, rest = loaded.samples, []
+    if cfg.objective == "router":
+        samples = sources.choose_per_modality(samples, cfg.data.labels_per_modality, cfg.seed)
+        drawn = {(s.file, s.row) for s in samples}
+        rest = [s for s in loaded.samples if s.modality >= 0 and (s.file, s.row) not in drawn]
+        if cfg.data.eval_files:
+            rest = check.load_samples(cfg.data.eval_files, cfg.data, tokenizer, patches).samples
+    print(f"{len(samples):,} rows to train on, {len(loaded.problems):,} left out", flush=True)
+
+    def batches(rows: list[sources.Sample], training: bool) -> pipeline.Batches:
+        size = cfg.optim.batch_size
+        return pipeline.build(rows, tokenizer, spec, patches, cfg.data, size, cfg.seed, training)
+
+    return Data(samples, rest, loaded.problems, batches)
 
 
 def write_run_config(cfg: RunConfig, workdir: Path) -> None:
@@ -149,33 +169,26 @@ def train(cfg: RunConfig, workdir: Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     write_run_config(cfg, workdir)
 
-    # --- model
-    # ----------------------------------------------------------------------------------------------------
+    # --- where the weights come from ---
     mesh = sharding.make_mesh(cfg.mesh)
     host, meta = starting_point(cfg)
     model = meta.model.validate()
     flat = flatten_dict(host, sep="/")
 
-    # --- what trains
-    # ------------------------------------------------------------------------------------------------
+    # --- data ---
+    data = load_data(cfg, model)
+    stream = data.batches(data.samples, True)
+    seen = len(data.samples) * cfg.optim.epochs
+    total = cfg.optim.steps or max(1, math.ceil(seen / cfg.optim.batch_size))
+
+    # --- what trains ---
     label = optim.labels(list(flat), cfg.train)
     weights, frozen = placed(cfg, flat, label, mesh)
     print(optim.group_table(weights | frozen, label), flush=True)
-
-    # --- data
-    # -------------------------------------------------------------------------------------------------------
-    tokenizer = tokens.load_tokenizer(Path(cfg.init) / "tokenizer", model.llm.family)
-    samples = load_samples(cfg, workdir)
-    if cfg.data.labels_per_modality:
-        samples, rest = sources.choose_per_modality(samples, cfg.data.labels_per_modality, cfg.seed)
-    make = pipeline.Maker.from_config(cfg.data, tokenizer, model.vision)
-    stream = make.stream(samples, cfg.optim.batch_size, seed=cfg.seed)
-    total = cfg.optim.steps or max(1, round(len(samples) * cfg.optim.epochs / cfg.optim.batch_size))
-
-    # --- optimiser, resume
-    # --------------------------------------------------------------------------------------------
     tx = optim.make(cfg.optim, total, label)
     state = step.State(jnp.zeros((), jnp.int32), weights, tx.init(weights | frozen))
+
+    # --- resume ---
     checkpoints = resume.Checkpoints(workdir, cfg.log.keep)
     if (latest := checkpoints.latest()) is not None:
         state, place = checkpoints.restore(latest, state)
@@ -183,33 +196,53 @@ def train(cfg: RunConfig, workdir: Path) -> None:
         print(f"resumed at step {latest} of {total}", flush=True)
     first = int(state.step)
 
-    # --- loop
-    # ---------------------------------------------------------------------------------------------------------
-    writer = log.MetricWriter(workdir, first, cfg.log.tensorboard)
+    # --- loop ---
     run_step = step.make_step(cfg, model, tx)
-    bar = log.progress(total, first, cfg.phase)
-    pending: tuple[int, dict[str, Any], list[str], dict[str, Any]] | None = None
+    reporter = Reporter(cfg, workdir, first, total, optim.schedule(cfg.optim, total), data.samples)
     with jax.set_mesh(mesh):
         for number in range(first + 1, total + 1):
-            started = time.perf_counter()
+            asked = time.perf_counter()
             batch = next(stream)
-            waited = time.perf_counter() - started
-            arrays = sharding.place_batch(pipeline.device_part(batch), mesh)
+            waited = time.perf_counter() - asked
+            arrays = sharding.place_batch({k: batch[k] for k in ON_DEVICE}, mesh)
             state, metrics = run_step(state, frozen, arrays)
             # The metrics of the step before are read while this one runs.
-            if pending:
-                finish(pending, writer, bar, cfg)
-            names = [samples[i].name for i in batch["row"]]
-            pending = (
-                number,
-                metrics,
-                names,
-                {"wait": waited, "started": started, "mask": batch["mask"]},
-            )
+            reporter.flush()
+            reporter.add(number, metrics, batch, waited)
             if number % cfg.log.save_every == 0 or number == total:
-                finish(pending, writer, bar, cfg)
-                pending = None
+                reporter.flush()
                 checkpoints.save(state, stream.get_state())
-    bar.close()
-    writer.close()
+    left_out = [*data.left_out, *stream.problems]
+    problems.write_problems(left_out, workdir / "skipped.jsonl")
+    if left_out:
+        print(f"{len(left_out):,} rows were left out: {workdir / 'skipped.jsonl'}", flush=True)
+    stream.close()
+    reporter.close()
     checkpoints.close()
+
+    # --- result ---
+    # Frozen weights are written as they were read, not as rounded for the computation.
+    result = unflatten_dict(flat | jax.device_get(state.train), sep="/")
+    if cfg.objective == "router" and cfg.model.moe:
+        held_out = data.batches(data.rest, False) if data.rest else []
+        report = router.evaluate(
+            result, model, cfg.model.moe, held_out, jnp.dtype(cfg.compute_dtype)
+        )
+        (workdir / "router.json").write_text(json.dumps(report, indent=1) + "\n")
+        print(router.report_table(report))
+    checkpoint.save_model(workdir / "model", result, meta, assets_from=cfg.init)
+    print(f"model written to {workdir / 'model'}", flush=True)
+
+
+def main(_: list[str]) -> None:
+    """Runs the phase of --config; faults in the user's input end with a message and status 1."""
+    logging.set_verbosity(logging.WARNING)
+    try:
+        train(_CONFIG.value, Path(_WORKDIR.value))
+    except (ConfigError, checkpoint.CheckpointError, problems.DataError, NotFinite) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)

@@ -149,8 +149,8 @@ def attend(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
 
     Args:
       q: [B, T, N, H]; k, v: [B, S, K, H] with N a multiple of K.
-      mask: bool[B, 1, T, S], True where a query may look; None = everywhere. Every query needs one
-        True.
+      mask: bool[B, 1, T, S], True where a query may look; None = everywhere. A query that may
+        look nowhere (padding) gets some finite value.
 
     Returns:
       [B, T, N, H] in the dtype of q.
@@ -159,14 +159,9 @@ def attend(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
 
 
 def causal_mask(valid: Array) -> Array:
-    """bool[B, 1, T, T]: a position sees valid positions up to itself, and always itself.
-
-    valid: bool[B, T].
-    """
+    """bool[B, 1, T, T]: a position sees the valid positions up to itself. valid: bool[B, T]."""
     t = valid.shape[1]
-    lower = jnp.tril(jnp.ones((t, t), bool))
-    # A padded position looks at itself, so that its softmax is defined; nobody looks at it.
-    return (lower[None] & valid[:, None, :] | jnp.eye(t, dtype=bool)[None])[:, None]
+    return (jnp.tril(jnp.ones((t, t), bool))[None] & valid[:, None, :])[:, None]
 
 
 def remat(body: Callable, policy: str) -> Callable:

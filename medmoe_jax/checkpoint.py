@@ -1,0 +1,223 @@
+"""The model folder: configuration, parameters, tokenizer and image settings of one model, in one
+place.
+
+    DIR/config.json                what the model is and where it came from (`ModelMeta`)
+    DIR/params/                    Orbax PyTree checkpoint of the parameter tree, in its own dtypes
+    DIR/tokenizer/                 tokenizer files, where known
+    DIR/preprocessor_config.json   image settings of CLIP, where known
+
+`config.json` is written last, so a folder without it is an interrupted write and is not read. The
+state of a running training (optimiser, data iterator) is not kept here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from medmoe_jax.config import ConfigError, ModelConfig, model_from_dict, model_to_dict
+
+FORMAT = "medmoe_jax"
+VERSION = 1
+CHUNK_BYTES = 64 * 2**20  # largest piece of a leaf that is read or written at once
+
+
+class CheckpointError(ValueError):
+    """A model folder that cannot be read or written; the message names the file and the remedy."""
+
+
+@dataclass
+class ModelMeta:
+    """What `config.json` of a model folder holds.
+
+    Attributes:
+      stage: how far the model has come: base, stage1, stage2, router, stage3, or a name of one's
+        own.
+      model: all shapes.
+      dtypes: PyTorch key -> dtype of tensors that are exported in another dtype than their leaf's.
+      torch_config: `config.json` of the PyTorch model this one came from, verbatim.
+      clip_config: `config.json` of its CLIP folder, verbatim.
+      history: one line a step of provenance, oldest first.
+    """
+
+    stage: str
+    model: ModelConfig
+    dtypes: dict[str, str] = field(default_factory=dict)
+    torch_config: dict[str, Any] | None = None
+    clip_config: dict[str, Any] | None = None
+    history: list[str] = field(default_factory=list)
+
+
+class _SharedArray(np.ndarray):
+    """A numpy array that is not copied on `deepcopy`: Orbax copies host arrays before it writes
+    them, which a
+    blocking save does not need and a machine with little memory cannot afford."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _SharedArray:
+        return self
+
+
+@contextmanager
+def _without_ocdbt_notice() -> Iterator[None]:
+    """Drops Orbax's log line about OCDBT files to merge: there are none, by choice (see
+    `save_model`).
+    """
+    logger = logging.getLogger("absl")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "Skipping merge of OCDBT" not in record.getMessage()
+
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+
+
+def save_model(
+    folder: str | os.PathLike[str],
+    params: Mapping[str, Any],
+    meta: ModelMeta,
+    assets_from: str | os.PathLike[str] | None = None,
+) -> None:
+    """Writes a model folder; returns when it is on disk.
+
+    A model folder of this format at the same place is replaced. The extra memory is a few hundred
+    MiB however large
+    the leaves are: they are written in chunks of `CHUNK_BYTES`, straight from `params`. (OCDBT,
+    Orbax's one-file layout, is not used because it gathers the whole checkpoint in memory first.)
+
+    Args:
+      folder: where to write.
+      params: nested dict of numpy or JAX arrays (sharded ones included), any dtype.
+      meta: written as `config.json`.
+      assets_from: another model folder whose tokenizer and image settings are copied; None leaves
+        those in `folder` as they are.
+
+    Raises:
+      CheckpointError: `folder` holds a `config.json` of another format.
+    """
+    folder = Path(folder).absolute()
+    config_file = folder / "config.json"
+    if config_file.exists() and _read_json(config_file).get("format") != FORMAT:
+        raise CheckpointError(
+            f"{config_file} belongs to something else than a {FORMAT} model folder; "
+            "write to another folder, or remove this one first"
+        )
+    primary = jax.process_index() == 0
+    if primary:
+        folder.mkdir(parents=True, exist_ok=True)
+        config_file.unlink(missing_ok=True)
+        if assets_from is not None and Path(assets_from).absolute() != folder:
+            _copy_assets(Path(assets_from), folder)
+    tree = jax.tree.map(
+        lambda x: x.view(_SharedArray) if isinstance(x, np.ndarray) else x, dict(params)
+    )
+    save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
+    with _without_ocdbt_notice(), ocp.Checkpointer(handler) as checkpointer:
+        args = ocp.args.PyTreeSave(tree, save_args=save_args)
+        checkpointer.save(folder / "params", args=args, force=True)
+    if primary:
+        data = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(meta)}
+        data["model"] = model_to_dict(meta.model)
+        partial = folder / "config.json.partial"
+        partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        partial.replace(config_file)
+
+
+def read_meta(folder: str | os.PathLike[str]) -> ModelMeta:
+    """Reads `config.json` of a model folder, without its parameters.
+
+    Raises:
+      CheckpointError: not a model folder, an incomplete one, or one of another version.
+    """
+    config_file = Path(folder) / "config.json"
+    if not config_file.is_file():
+        raise CheckpointError(
+            f"{config_file} does not exist: {folder} is not a model folder, or its writing was "
+            "interrupted; "
+            "make one with `python -m medmoe_jax.convert to-jax`"
+        )
+    data = _read_json(config_file)
+    if data.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{config_file} is not of a {FORMAT} model folder (no format: {FORMAT}); a PyTorch "
+            "folder is "
+            "read with `python -m medmoe_jax.convert to-jax`"
+        )
+    if data.get("version") != VERSION:
+        raise CheckpointError(
+            f"{config_file}: version {data.get('version')} is not known, this program reads "
+            f"version {VERSION}; "
+            "use the release that wrote the folder, or convert again"
+        )
+    try:
+        return ModelMeta(
+            stage=data["stage"],
+            model=model_from_dict(data["model"]),
+            dtypes=data.get("dtypes") or {},
+            torch_config=data.get("torch_config"),
+            clip_config=data.get("clip_config"),
+            history=data.get("history") or [],
+        )
+    except (KeyError, ConfigError) as error:
+        raise CheckpointError(f"{config_file}: {error}") from error
+
+
+def load_model(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], ModelMeta]:
+    """Reads a model folder into host memory.
+
+    Returns:
+      The parameters, a nested dict of numpy arrays in the dtypes they were saved in, and the meta
+      data.
+
+    Raises:
+      CheckpointError: not a complete model folder.
+    """
+    meta = read_meta(folder)
+    params_dir = Path(folder).absolute() / "params"
+    if not params_dir.is_dir():
+        raise CheckpointError(f"{params_dir} does not exist; copy the whole model folder again")
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        try:
+            tree = checkpointer.metadata(params_dir).item_metadata.tree
+            restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+            args = ocp.args.PyTreeRestore(restore_args=restore_args)
+            params = checkpointer.restore(params_dir, args=args)
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(
+                f"{params_dir} cannot be read ({error}); copy the whole model folder again"
+            ) from error
+    return params, meta
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises CheckpointError where it is none."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}); restore the file") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds no JSON object; restore the file")
+    return data
+
+
+def _copy_assets(source: Path, folder: Path) -> None:
+    """Copies tokenizer and image settings of model folder `source`, where it has them."""
+    if (source / "tokenizer").is_dir():
+        shutil.copytree(source / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
+    if (source / "preprocessor_config.json").is_file():
+        shutil.copyfile(source / "preprocessor_config.json", folder / "preprocessor_config.json")

@@ -1,0 +1,1 @@
+"""The embedded demonstration: tiny checkpoints, phantom studies and the whole path on them."""

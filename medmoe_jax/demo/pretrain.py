@@ -1,0 +1,149 @@
+"""Short pretraining of a tiny vision tower and a tiny language model, so that a run starts where a
+real one starts.
+
+CLIP has seen millions of captioned images and Phi-2 a library of text. Here the tower learns the
+facts of phantom images (which no later phase shows it again) and the language model the wording of
+reports, without images.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from medmoe_jax import losses
+from medmoe_jax.config import ModelConfig, VisionConfig
+from medmoe_jax.models import clip, layers, medmoe
+
+Array = jax.Array
+SHIFT = 5  # pixels: largest random shift of a training image
+
+
+def _adamw(lr: float, steps: int) -> optax.GradientTransformation:
+    warm = max(steps // 20, 1)
+    rate = optax.warmup_cosine_decay_schedule(0.0, lr, warm, steps, lr / 50)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.01))
+
+
+def _jitter(images: Array, key: Array) -> Array:
+    """Random shift and brightness of uint8[B, H, W, 3]; sides and counts stay what they are."""
+    b, size = images.shape[:2]
+    where, gain = jax.random.split(key)
+    padded = jnp.pad(images, ((0, 0), (SHIFT, SHIFT), (SHIFT, SHIFT), (0, 0)), mode="edge")
+    start = jax.random.randint(where, (b, 2), 0, 2 * SHIFT + 1)
+    cut = jax.vmap(lambda image, s: jax.lax.dynamic_slice(image, (s[0], s[1], 0), (size, size, 3)))
+    bright = jax.random.uniform(gain, (b, 1, 1, 1), minval=0.85, maxval=1.15)
+    return jnp.clip(cut(padded, start).astype(jnp.float32) * bright, 0, 255).astype(jnp.uint8)
+
+
+def vision(
+    cfg: VisionConfig,
+    images: np.ndarray,
+    facts: dict[str, np.ndarray],
+    *,
+    steps: int,
+    batch: int = 64,
+    lr: float = 1e-3,
+    seed: int = 0,
+) -> tuple[dict[str, Any], float]:
+    """Trains the tower so that the mean of its patch features tells every fact of an image.
+
+    Args:
+      cfg: the tower.
+      images: uint8[N, H, W, 3].
+      facts: name -> i32[N] class ids, -1 where a fact does not apply.
+      steps, batch, lr, seed: of the training.
+
+    Returns:
+      Parameters of the tower (f32) and the mean accuracy of the facts over the last tenth of the
+      steps.
+    """
+    keys = jax.random.split(jax.random.key(seed), 3)
+    names = sorted(facts)
+    targets = np.stack([facts[n] for n in names], 1)
+    classes = [int(targets[:, i].max()) + 1 for i in range(len(names))]
+    heads = {
+        n: layers.linear_leaves(cfg.width, c, bias=True)
+        for n, c in zip(names, classes, strict=True)
+    }
+    p = layers.initialise(keys[0], {"tower": clip.leaves(cfg), "heads": heads})
+    tx = _adamw(lr, steps)
+
+    def loss_fn(p: Any, x: Array, y: Array, key: Array) -> tuple[Array, Array]:
+        pooled = clip.features(p["tower"], cfg, _jitter(x, key)).mean(1)
+        total, right, known = 0.0, 0.0, 0.0
+        for i, name in enumerate(names):
+            logits = layers.linear(p["heads"][name], pooled)
+            target = jnp.where(y[:, i] >= 0, y[:, i], losses.IGNORE)
+            loss, labelled = losses.cross_entropy(logits, target)
+            total = total + loss.sum() / jnp.maximum(labelled.sum(), 1)
+            right = right + (labelled & (logits.argmax(-1) == target)).sum()
+            known = known + labelled.sum()
+        return jnp.asarray(total), right / known
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(p: Any, opt: Any, x: Array, y: Array, key: Array) -> tuple[Any, Any, Array]:
+        (_, accuracy), grads = jax.value_and_grad(loss_fn, has_aux=True)(p, x, y, key)
+        updates, opt = tx.update(grads, opt, p)
+        return optax.apply_updates(p, updates), opt, accuracy
+
+    opt, history = tx.init(p), []
+    rng = np.random.default_rng(seed)
+    for i in range(steps):
+        rows = rng.integers(len(images), size=batch)
+        key = jax.random.fold_in(keys[1], i)
+        p, opt, accuracy = step(p, opt, images[rows], targets[rows], key)
+        history.append(accuracy)
+    return jax.device_get(p["tower"]), float(np.mean(history[-max(steps // 10, 1) :]))
+
+
+def language(
+    cfg: ModelConfig,
+    documents: list[list[int]],
+    *,
+    steps: int,
+    length: int = 128,
+    batch: int = 32,
+    lr: float = 2e-3,
+    seed: int = 0,
+) -> tuple[dict[str, Any], float]:
+    """Trains a dense language model on token ids, next-token loss.
+
+    Args:
+      cfg: shapes; the vision part is not used.
+      documents: lists of ids, each ended by EOS; they are joined and cut into rows.
+      steps, length, batch, lr, seed: of the training; `length` tokens a row.
+
+    Returns:
+      Parameters of the language model (f32) and the mean loss over the last tenth of the steps.
+    """
+    stream = np.concatenate([np.asarray(d, np.int32) for d in documents])
+    p = layers.initialise(jax.random.key(seed), medmoe.leaves(cfg)["llm"])
+    tx = _adamw(lr, steps)
+
+    def loss_fn(p: Any, tokens: Array) -> Array:
+        whole = {"llm": p}
+        image_pos, mask = jnp.full_like(tokens, -1), jnp.ones_like(tokens, bool)
+        inputs = {"tokens": tokens, "image_pos": image_pos, "mask": mask}
+        hidden, _ = medmoe.forward(whole, cfg, inputs)
+        total, counts = losses.answer_loss(hidden, lambda h: medmoe.logits(whole, h), tokens)
+        return total.sum() / counts.sum()
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(p: Any, opt: Any, tokens: Array) -> tuple[Any, Any, Array]:
+        loss, grads = jax.value_and_grad(loss_fn)(p, tokens)
+        updates, opt = tx.update(grads, opt, p)
+        return optax.apply_updates(p, updates), opt, loss
+
+    opt, history = tx.init(p), []
+    rng = np.random.default_rng(seed)
+    for _ in range(steps):
+        starts = rng.integers(len(stream) - length, size=batch)
+        p, opt, loss = step(p, opt, stream[starts[:, None] + np.arange(length)])
+        history.append(loss)
+    return jax.device_get(p), float(np.mean(history[-max(steps // 10, 1) :]))

@@ -1,0 +1,128 @@
+"""What a run reports while it trains: progress bar, metrics.jsonl, TensorBoard, and a stop where a
+loss breaks.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from medmoe_jax.config import RunConfig
+from medmoe_jax.data.sources import Sample
+
+
+class NotFinite(RuntimeError):
+    """A loss or a gradient became NaN or infinite."""
+
+
+class MetricWriter:
+    """Appends metrics; after a resume, what was written beyond the restored step is dropped
+    first."""
+
+    def __init__(self, workdir: Path, first_step: int, tensorboard: bool) -> None:
+        path = workdir / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        # The last line may be cut off where the run was killed.
+        whole = [line for line in lines if line.endswith("}")]
+        kept = [line for line in whole if json.loads(line)["step"] <= first_step]
+        path.write_text("".join(f"{line}\n" for line in kept))
+        self._file = path.open("a", buffering=1)
+        self._board = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Writes scalars under `step`."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+class Reporter:
+    """Reads the metrics of a step one step late, so that the device never waits for the host."""
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        workdir: Path,
+        first: int,
+        total: int,
+        rate: Callable[[int], Any],
+        samples: Sequence[Sample],
+    ) -> None:
+        self._every, self._total, self._rate = cfg.log.every, total, rate
+        self._samples = samples
+        self._writer = MetricWriter(workdir, first, cfg.log.tensorboard)
+        self._bar = tqdm(
+            total=total,
+            initial=first,
+            desc=cfg.phase,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=1.0,
+        )
+        self._pending: tuple[int, dict[str, Any], dict[str, np.ndarray], float] | None = None
+        self._last = time.perf_counter()
+
+    def add(
+        self, number: int, metrics: dict[str, Any], batch: dict[str, np.ndarray], waited: float
+    ) -> None:
+        """Takes the metrics (still on the device) of step `number`; `waited`: seconds for data."""
+        self._pending = (number, metrics, batch, waited)
+
+    def flush(self) -> None:
+        """Reads and writes the pending metrics.
+
+        Raises:
+          NotFinite: loss or gradient norm is NaN or infinite.
+        """
+        if self._pending is None:
+            return
+        number, metrics, batch, waited = self._pending
+        self._pending = None
+        values = jax.device_get(metrics)
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
+        self._check(number, values, batch["row"])
+        scalars = {k: float(v) for k, v in values.items() if k != "rows"}
+        speed = float(batch["mask"].sum()) / seconds
+        self._bar.set_postfix(loss=f"{scalars['loss']:.3f}", tok_s=f"{speed:,.0f}", refresh=False)
+        self._bar.update()
+        if number % self._every == 0 or number in (1, self._total):
+            scalars |= {"lr": float(self._rate(number - 1)), "tokens_per_second": speed}
+            self._writer.write(number, scalars | {"seconds": seconds, "data_seconds": waited})
+
+    def close(self) -> None:
+        """Writes what is pending and closes the files."""
+        self.flush()
+        self._bar.close()
+        self._writer.close()
+
+    def _check(self, number: int, values: dict[str, Any], index: np.ndarray) -> None:
+        bad = [k for k in ("loss", "grad_norm") if not np.isfinite(values[k])]
+        if not bad:
+            return
+        finite = np.isfinite(values["rows"])
+        at = index[~finite] if not finite.all() else index
+        named = [self._samples[i] for i in at if i >= 0]
+        where = "; ".join(f"{s.file} row {s.row} (id {s.id})" for s in named)
+        raise NotFinite(
+            f"step {number}: {', '.join(bad)} is not finite; rows of the batch: {where}. "
+            "Look at these rows, lower config.optim.lr or set config.optim.clip_norm=1.0"
+        )
