@@ -1,5 +1,4 @@
-"""The model folder: configuration, parameters, tokenizer and image settings of one model, in one
-place.
+"""The model folder: configuration, parameters, tokenizer and image settings of one model.
 
     DIR/config.json                what the model is and where it came from (`ModelMeta`)
     DIR/params/                    Orbax PyTree checkpoint of the parameter tree, in its own dtypes
@@ -16,6 +15,7 @@ import dataclasses
 import json
 import logging
 import os
+import pickle
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -113,8 +113,8 @@ def save_model(
     config_file = folder / "config.json"
     if config_file.exists() and _read_json(config_file).get("format") != FORMAT:
         raise CheckpointError(
-            f"{config_file} belongs to something else than a {FORMAT} model folder; "
-            "write to another folder, or remove this one first"
+            f"{config_file} belongs to something else than a {FORMAT} model folder; write to "
+            "another folder, or remove this one first"
         )
     primary = jax.process_index() == 0
     if primary:
@@ -148,21 +148,18 @@ def read_meta(folder: str | os.PathLike[str]) -> ModelMeta:
     if not config_file.is_file():
         raise CheckpointError(
             f"{config_file} does not exist: {folder} is not a model folder, or its writing was "
-            "interrupted; "
-            "make one with `python -m medmoe_jax.convert to-jax`"
+            "interrupted; make one with `python -m medmoe_jax.convert to-jax`"
         )
     data = _read_json(config_file)
     if data.get("format") != FORMAT:
         raise CheckpointError(
             f"{config_file} is not of a {FORMAT} model folder (no format: {FORMAT}); a PyTorch "
-            "folder is "
-            "read with `python -m medmoe_jax.convert to-jax`"
+            "folder is read with `python -m medmoe_jax.convert to-jax`"
         )
     if data.get("version") != VERSION:
         raise CheckpointError(
             f"{config_file}: version {data.get('version')} is not known, this program reads "
-            f"version {VERSION}; "
-            "use the release that wrote the folder, or convert again"
+            f"version {VERSION}; use the release that wrote the folder, or convert again"
         )
     try:
         return ModelMeta(
@@ -202,6 +199,64 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], ModelMet
                 f"{params_dir} cannot be read ({error}); copy the whole model folder again"
             ) from error
     return params, meta
+
+
+def load_router(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads a trained router.
+
+    Args:
+      path: a `.pth` file, {"fc1.weight": [E, D], "fc1.bias": [E]} and fc2, fc3 where it is deeper,
+        as the official code and `convert to-torch` write it; or a model folder of the router phase.
+
+    Returns:
+      {"fc1": {"kernel": [D, E], "bias": [E]}, ...}, numpy arrays, float32 from a file.
+
+    Raises:
+      CheckpointError: neither of the two, or torch is missing, which reads the file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        params, meta = load_model(path)
+        if "router" not in params:
+            raise CheckpointError(
+                f"{path}: holds no router (it is of stage {meta.stage}); give the folder of a "
+                "router phase, or a .pth file"
+            )
+        return params["router"]
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist; give a router .pth or a model folder")
+    try:
+        import torch
+    except ImportError:
+        raise CheckpointError(
+            f"torch is needed to read {path}: pip install 'medmoe_jax[torch]'"
+        ) from None
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        layers = range(1, len(state) // 2 + 1)
+        router = {
+            f"fc{i}": {
+                "kernel": state[f"fc{i}.weight"].float().numpy().T.copy(),
+                "bias": state[f"fc{i}.bias"].float().numpy(),
+            }
+            for i in layers
+        }
+    except (
+        OSError,
+        RuntimeError,
+        pickle.UnpicklingError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ) as error:
+        # not torch's own words: they advise to switch off the check
+        raise CheckpointError(
+            f"{path}: is not a whole router file, of fc1.weight, fc1.bias, ... alone "
+            f"({type(error).__name__}); get it again"
+        ) from error
+    if not router or len(state) != 2 * len(router):
+        raise CheckpointError(f"{path}: is not a router file; its keys are {sorted(state)[:6]}")
+    return router
 
 
 def _read_json(path: Path) -> dict[str, Any]:

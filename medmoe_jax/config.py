@@ -5,11 +5,11 @@
 `medmoe_jax/presets.py`.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations`: command-line overrides read the types of the fields.
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 PLACEMENTS = ("sparse", "first_half", "second_half", "dense")
 MODALITIES = ("CT", "MRI", "X-ray", "Pathology")
@@ -192,7 +192,7 @@ class ModelConfig:
         """Indices of the decoder's layers that have a plain FFN."""
         return tuple(i for i in range(self.llm.layers) if i not in self.moe_layers)
 
-    def validate(self) -> ModelConfig:
+    def validate(self) -> Self:
         """Returns self. Raises ConfigError where the settings do not fit together."""
         self.vision.validate()
         self.llm.validate()

@@ -25,6 +25,7 @@ class Generated(NamedTuple):
     lengths: Array  # i32[B]: number of ids
     log_probs: Array  # f32[B]: sum of the log-probabilities of the ids
     first_logits: Array  # f32[B, V]: scores of the first id
+    step_logits: Array | None  # f32[B, max_new, V]: scores of every id, if asked for
 
 
 def left_padded(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -40,9 +41,16 @@ def left_padded(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return moved | ({"images": batch["images"]} if "images" in batch else {})
 
 
-@partial(jax.jit, static_argnames=("cfg", "max_new", "dtype"))
+@partial(jax.jit, static_argnames=("cfg", "max_new", "dtype", "keep_logits"))
 def greedy(
-    p: Params, cfg: ModelConfig, batch: dict[str, Array], eos: Array, *, max_new: int, dtype: Any
+    p: Params,
+    cfg: ModelConfig,
+    batch: dict[str, Array],
+    eos: Array,
+    *,
+    max_new: int,
+    dtype: Any,
+    keep_logits: bool = False,
 ) -> Generated:
     """Most likely continuation, token by token.
 
@@ -53,6 +61,7 @@ def greedy(
       eos: i32[]: id that ends an answer; negative = none.
       max_new: most ids an answer may have.
       dtype: of the computation and of the cache.
+      keep_logits: also return the scores of every step, which take max_new * V numbers a row.
 
     Returns:
       Generated; the loop stops early when every row has ended.
@@ -83,27 +92,30 @@ def greedy(
     )
 
     def body(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        i, logits, cache, ids, counts, total, done = carry
+        i, logits, cache, ids, steps, counts, total, done = carry
         token = logits.argmax(-1).astype(jnp.int32)
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], -1)[:, 0]
         ids = ids.at[:, i].set(jnp.where(done, 0, token))
+        if steps is not None:
+            steps = steps.at[:, i].set(logits)
         counts = counts + ~done
         total = total + jnp.where(done, 0.0, chosen)
         done = done | (token == eos)
         x = p["llm"]["embed"]["embedding"][token][:, None].astype(dtype)
         sees = seen | ((jnp.arange(size) >= t) & (jnp.arange(size) <= t + i))[None]
         logits, cache = run(x, (lengths + i)[:, None], sees[:, None, None], t + i, cache)
-        return i + 1, logits, cache, ids, counts, total, done
+        return i + 1, logits, cache, ids, steps, counts, total, done
 
     start = (
         jnp.zeros((), jnp.int32),
         logits,
         cache,
         jnp.zeros((b, max_new), jnp.int32),
+        jnp.zeros((b, max_new, logits.shape[-1]), jnp.float32) if keep_logits else None,
         jnp.zeros(b, jnp.int32),
         jnp.zeros(b, jnp.float32),
         ~valid.any(-1),
     )
     end = jax.lax.while_loop(lambda c: (c[0] < max_new) & ~c[-1].all(), body, start)
-    _, _, _, ids, counts, total, _ = end
-    return Generated(ids, counts, total, logits)
+    _, _, _, ids, steps, counts, total, _ = end
+    return Generated(ids, counts, total, logits, steps)

@@ -15,10 +15,6 @@ from ml_collections import config_flags
 from medmoe_jax.config import ModelConfig
 from medmoe_jax.models import layers, medmoe
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", help_string="A file of configs/, as in configs/stage3.py:phi2"
-)
-
 # Paper Table 14: (activated, total) in billions, by family.
 PAPER = {"phi": (3.6, 5.3), "stablelm": (2.0, 2.9)}
 
@@ -30,6 +26,12 @@ def _size(tree: Any) -> int:
     return sum(_size(v) for v in tree.values())
 
 
+def _always(*trees: Any) -> tuple[int, int]:
+    """(total, activated) of what every token goes through."""
+    size = sum(_size(tree) for tree in trees)
+    return size, size
+
+
 def components(cfg: ModelConfig) -> dict[str, tuple[int, int]]:
     """(total, activated for a token) parameters of each component.
 
@@ -38,23 +40,21 @@ def components(cfg: ModelConfig) -> dict[str, tuple[int, int]]:
     """
     tree = medmoe.leaves(cfg)
     llm = tree["llm"]
-    parts: dict[str, tuple[int, int]] = {
-        "vision tower": (_size(tree["vision"]),) * 2,
-        "projector": (_size(tree["projector"]),) * 2,
-        "embedding": (_size(llm["embed"]),) * 2,
-        "attention and norms": (_size(llm["layers"]) + _size(llm["final_ln"]),) * 2,
-        "language-model head": (_size(llm["lm_head"]),) * 2,
+    parts = {
+        "vision tower": _always(tree["vision"]),
+        "projector": _always(tree["projector"]),
+        "embedding": _always(llm["embed"]),
+        "attention and norms": _always(llm["layers"], llm["final_ln"]),
+        "language-model head": _always(llm["lm_head"]),
     }
     if "mlp" in llm:
-        parts["plain FFNs"] = (_size(llm["mlp"]),) * 2
+        parts["plain FFNs"] = _always(llm["mlp"])
     if cfg.moe:
         experts = _size(llm["moe"]["experts"])
         parts["experts"] = (experts, experts * cfg.moe.top_k // cfg.moe.experts)
-        parts["router"] = (
-            _size(llm["moe"]["router"]) + _size(llm["moe"].get("coefficient", {})),
-        ) * 2
+        parts["router"] = _always(llm["moe"]["router"], llm["moe"].get("coefficient", {}))
         if cfg.moe.meta:
-            parts["meta expert"] = (_size(llm["moe"]["meta"]),) * 2
+            parts["meta expert"] = _always(llm["moe"]["meta"])
     return parts
 
 
@@ -107,11 +107,14 @@ def _paper(cfg: ModelConfig) -> list[str]:
 
 def main(_: list[str]) -> None:
     """Prints the report of --config."""
-    config = _CONFIG.value
+    config = flags.FLAGS.config
     print(f"{config.phase}: {config.model.llm.family}, projector {config.model.projector}")
     print(report(config.model.validate()))
 
 
 if __name__ == "__main__":
+    config_flags.DEFINE_config_file(
+        "config", help_string="A file of configs/, as in configs/stage3.py:phi2"
+    )
     flags.mark_flag_as_required("config")
     app.run(main)

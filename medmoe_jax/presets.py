@@ -23,7 +23,7 @@ STABLELM = LlmConfig(
     rotary_fraction=0.25,
     max_positions=4096,
 )
-TINY_VISION = VisionConfig(image_size=112, width=128, layers=5, heads=4, ffn=512)
+TINY_VISION = VisionConfig(image_size=84, width=128, layers=5, heads=4, ffn=512)
 TINY_PHI = LlmConfig(
     vocab=1024,
     width=128,
@@ -81,7 +81,7 @@ def shrink(config: RunConfig, lr: float, epochs: float, batch_size: int) -> RunC
         remat="none",
         loss_chunk=0,
         data=dataclasses.replace(
-            config.data, max_length=512, buckets=(128, 160, 192, 256, 384, 512)
+            config.data, max_length=512, buckets=(96, 128, 160, 192, 256, 512)
         ),
         optim=dataclasses.replace(config.optim, lr=lr, epochs=epochs, batch_size=batch_size),
         log=dataclasses.replace(config.log, save_every=200),

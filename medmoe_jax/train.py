@@ -14,6 +14,7 @@ import dataclasses
 import json
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,15 +29,10 @@ from ml_collections import config_flags
 
 from medmoe_jax import checkpoint, optim, resume, router, sharding, step, upcycle
 from medmoe_jax.config import ConfigError, ModelConfig, RunConfig
+from medmoe_jax.convert.report import ConversionError
+from medmoe_jax.convert.to_jax import to_jax
 from medmoe_jax.data import check, images, pipeline, problems, sources, tokens
 from medmoe_jax.report import NotFinite, Reporter
-
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", help_string="A file of configs/, as in configs/stage3.py:phi2"
-)
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run: checkpoints, metrics and the finished model"
-)
 
 ON_DEVICE = ("tokens", "image_pos", "labels", "mask", "images", "modality")
 # The router decides in float32 whatever the rest of the model is stored in.
@@ -66,7 +62,7 @@ def starting_point(cfg: RunConfig) -> tuple[dict[str, Any], checkpoint.ModelMeta
             )
         params = params | {"router": jax.device_get(router.fresh(model, mixture, cfg.seed))}
     elif mixture is not None and model.moe is None:
-        source = checkpoint.load_router(Path(cfg.router)) if cfg.router else params.get("router")
+        source = load_router(Path(cfg.router)) if cfg.router else params.get("router")
         if source is None:
             raise ConfigError(
                 f"{cfg.init} holds no router: start from the folder of the router phase, or set "
@@ -86,6 +82,19 @@ def starting_point(cfg: RunConfig) -> tuple[dict[str, Any], checkpoint.ModelMeta
     return params, dataclasses.replace(
         meta, stage=cfg.phase, model=model, history=[*meta.history, line]
     )
+
+
+def load_router(path: Path) -> dict[str, Any]:
+    """A router from a `.pth` file or from the model folder of a router phase."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = path
+        if path.is_file():
+            folder = Path(scratch) / "router"
+            to_jax(path, folder)
+        params, _ = checkpoint.load_model(folder)
+    if "router" not in params:
+        raise ConfigError(f"config.router: {path} holds no router; name the router phase's model")
+    return params["router"]
 
 
 def placed(
@@ -238,11 +247,23 @@ def main(_: list[str]) -> None:
     """Runs the phase of --config; faults in the user's input end with a message and status 1."""
     logging.set_verbosity(logging.WARNING)
     try:
-        train(_CONFIG.value, Path(_WORKDIR.value))
-    except (ConfigError, checkpoint.CheckpointError, problems.DataError, NotFinite) as error:
+        train(flags.FLAGS.config, Path(flags.FLAGS.workdir))
+    except (
+        ConfigError,
+        ConversionError,
+        checkpoint.CheckpointError,
+        problems.DataError,
+        NotFinite,
+    ) as error:
         sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
+    config_flags.DEFINE_config_file(
+        "config", help_string="A file of configs/, as in configs/stage3.py:phi2"
+    )
+    flags.DEFINE_string(
+        "workdir", None, "Folder of the run: checkpoints, metrics and the finished model"
+    )
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -18,3 +19,11 @@ def fixtures() -> Path:
     if not FIXTURES.is_dir():
         pytest.skip(f"golden files are not here: {FIXTURES.name} is expected beside the repository")
     return FIXTURES
+
+
+@pytest.fixture(scope="module")
+def quick_compile() -> Iterator[None]:
+    """Halves the time to compile, for modules that run many tiny models a few times each."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

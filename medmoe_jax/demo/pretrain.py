@@ -21,7 +21,9 @@ from medmoe_jax.config import ModelConfig, VisionConfig
 from medmoe_jax.models import clip, layers, medmoe
 
 Array = jax.Array
-SHIFT = 5  # pixels: largest random shift of a training image
+SHIFT = 2  # pixels: largest random shift of a training image
+LESION_WEIGHT = 4.0  # of a patch with a lesion against one without
+PATCH_WEIGHT = 3.0  # of the loss on patches against the mean loss on facts
 
 
 def _adamw(lr: float, steps: int) -> optax.GradientTransformation:
@@ -45,50 +47,52 @@ def vision(
     cfg: VisionConfig,
     images: np.ndarray,
     facts: dict[str, np.ndarray],
+    patches: np.ndarray,
     *,
     steps: int,
-    batch: int = 64,
+    batch: int = 32,
     lr: float = 1e-3,
     seed: int = 0,
 ) -> tuple[dict[str, Any], float]:
-    """Trains the tower so that the mean of its patch features tells every fact of an image.
+    """Trains the tower so that its patch features tell what an image shows, and where.
 
     Args:
       cfg: the tower.
       images: uint8[N, H, W, 3].
-      facts: name -> i32[N] class ids, -1 where a fact does not apply.
+      facts: name -> i32[N] class ids, -1 where a fact does not apply; read off the mean feature.
+      patches: i32[N, I] class ids of what each patch shows, 0 = nothing special.
       steps, batch, lr, seed: of the training.
 
     Returns:
-      Parameters of the tower (f32) and the mean accuracy of the facts over the last tenth of the
-      steps.
+      Parameters of the tower (f32) and the mean accuracy of the facts over the last tenth of the steps.
     """
-    keys = jax.random.split(jax.random.key(seed), 3)
+    keys = jax.random.split(jax.random.key(seed), 2)
     names = sorted(facts)
     targets = np.stack([facts[n] for n in names], 1)
-    classes = [int(targets[:, i].max()) + 1 for i in range(len(names))]
-    heads = {
-        n: layers.linear_leaves(cfg.width, c, bias=True)
-        for n, c in zip(names, classes, strict=True)
-    }
+    classes = {n: int(facts[n].max()) + 1 for n in names} | {"patch": int(patches.max()) + 1}
+    heads = {n: layers.linear_leaves(cfg.width, c, bias=True) for n, c in classes.items()}
     p = layers.initialise(keys[0], {"tower": clip.leaves(cfg), "heads": heads})
     tx = _adamw(lr, steps)
 
-    def loss_fn(p: Any, x: Array, y: Array, key: Array) -> tuple[Array, Array]:
-        pooled = clip.features(p["tower"], cfg, _jitter(x, key)).mean(1)
-        total, right, known = 0.0, 0.0, 0.0
+    def loss_fn(p: Any, x: Array, y: Array, where: Array, key: Array) -> tuple[Array, Array]:
+        features = clip.features(p["tower"], cfg, _jitter(x, key))
+        pooled = features.mean(1)
+        total, right, known = jnp.zeros(()), jnp.zeros(()), jnp.zeros(())
         for i, name in enumerate(names):
             logits = layers.linear(p["heads"][name], pooled)
             target = jnp.where(y[:, i] >= 0, y[:, i], losses.IGNORE)
             loss, labelled = losses.cross_entropy(logits, target)
-            total = total + loss.sum() / jnp.maximum(labelled.sum(), 1)
-            right = right + (labelled & (logits.argmax(-1) == target)).sum()
-            known = known + labelled.sum()
-        return jnp.asarray(total), right / known
+            total += loss.sum() / jnp.maximum(labelled.sum(), 1)
+            right += (labelled & (logits.argmax(-1) == target)).sum()
+            known += labelled.sum()
+        loss, _ = losses.cross_entropy(layers.linear(p["heads"]["patch"], features), where)
+        # Most patches show nothing special: the others weigh more.
+        weight = jnp.where(where > 0, LESION_WEIGHT, 1.0)
+        return total / len(names) + PATCH_WEIGHT * (loss * weight).sum() / weight.sum(), right / known
 
     @partial(jax.jit, donate_argnums=(0, 1))
-    def step(p: Any, opt: Any, x: Array, y: Array, key: Array) -> tuple[Any, Any, Array]:
-        (_, accuracy), grads = jax.value_and_grad(loss_fn, has_aux=True)(p, x, y, key)
+    def step(p: Any, opt: Any, x: Array, y: Array, where: Array, key: Array) -> tuple[Any, Any, Array]:
+        (_, accuracy), grads = jax.value_and_grad(loss_fn, has_aux=True)(p, x, y, where, key)
         updates, opt = tx.update(grads, opt, p)
         return optax.apply_updates(p, updates), opt, accuracy
 
@@ -97,7 +101,7 @@ def vision(
     for i in range(steps):
         rows = rng.integers(len(images), size=batch)
         key = jax.random.fold_in(keys[1], i)
-        p, opt, accuracy = step(p, opt, images[rows], targets[rows], key)
+        p, opt, accuracy = step(p, opt, images[rows], targets[rows], patches[rows], key)
         history.append(accuracy)
     return jax.device_get(p["tower"]), float(np.mean(history[-max(steps // 10, 1) :]))
 
@@ -107,8 +111,8 @@ def language(
     documents: list[list[int]],
     *,
     steps: int,
-    length: int = 128,
-    batch: int = 32,
+    length: int = 96,
+    batch: int = 16,
     lr: float = 2e-3,
     seed: int = 0,
 ) -> tuple[dict[str, Any], float]:

@@ -157,7 +157,7 @@ def decode(
     ctx: Context,
     cache: Params | None = None,
     remat: str = "none",
-) -> tuple[Array, dict[str, Array]]:
+) -> tuple[Array, dict[str, Any]]:
     """Runs all layers and the final norm.
 
     Args:

@@ -1,0 +1,224 @@
+"""Image file -> uint8 RGB square, as CLIP's image processor makes it.
+
+Equal to Med-MoE for 8-bit images without transparency. Deliberate differences, where the official
+`convert('RGB')` loses the picture:
+
+* More than 8 bits a channel in greyscale (16-bit PNG or TIFF, 32-bit integers, floats): the image's
+  own range is mapped linearly, its lowest value to 0 and its highest to 255. The official code
+  clips at 255, which turns a normal scan white. A constant image becomes black.
+* Transparency is laid over white, as viewers show it. The official code shows whatever colour
+  hides behind the transparent pixels.
+* The orientation written in the file (EXIF) is applied, so that left and right are those a viewer
+  shows. The official code ignores it.
+
+Of a file with several frames the first is used, as in the official code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from medmoe_jax.data.problems import DataError
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of pixels in 0..1, R G B
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+WHITE = (255, 255, 255)
+MAX_PIXELS = 89_478_485  # of a file; Pillow's own bound for a decompression bomb
+MAX_WORK_PIXELS = 4 * MAX_PIXELS  # after padding to a square, or after resizing
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000")  # no scripts
+_ORIENTATION = 0x0112  # EXIF tag
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """What an image becomes."""
+
+    resize: int  # pixels of the shortest edge
+    crop: int  # pixels of the square cut from the centre
+    aspect: str = "pad"  # pad (to a square, before resizing) | square (centre crop only)
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+
+    def __post_init__(self) -> None:
+        if self.aspect not in ("pad", "square"):
+            raise DataError(f"data.image_aspect {self.aspect!r} is unknown; use 'pad' or 'square'")
+
+
+def read_image_spec(file: str | Path, aspect: str) -> ImageSpec:
+    """ImageSpec of a CLIP preprocessor_config.json, today's or an older spelling.
+
+    Args:
+      file: the JSON file; `size` is a number or {'shortest_edge': n}, `crop_size` a number or
+        {'height': n, 'width': n}.
+      aspect: 'pad' or 'square'.
+
+    Raises:
+      DataError: the file cannot be read, or asks for something other than resize, centre crop and
+        normalisation.
+    """
+    file = Path(file)
+    try:
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        size, crop = config["size"], config["crop_size"]
+        resize = size["shortest_edge"] if isinstance(size, dict) else size
+        if isinstance(crop, dict):
+            if crop["height"] != crop["width"]:
+                raise DataError(f"{file}: crop_size {crop} is not square")
+            crop = crop["height"]
+        spec = ImageSpec(
+            int(resize),
+            int(crop),
+            aspect,
+            tuple(config.get("image_mean", CLIP_MEAN)),
+            tuple(config.get("image_std", CLIP_STD)),
+        )
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise DataError(f"{file} is no CLIP preprocessor_config.json: {error!r}") from error
+    steps = ("do_resize", "do_center_crop", "do_normalize", "do_rescale", "do_convert_rgb")
+    off = [step for step in steps if config.get(step, True) is not True]
+    if off or config.get("resample", 3) != 3:
+        raise DataError(f"{file}: only bicubic resizing (resample 3) with {steps} all on is known")
+    if abs(config.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
+        raise DataError(f"{file}: rescale_factor must be 1/255")
+    return spec
+
+
+def find_image(folder: str | Path, name: str) -> Path:
+    """Path of image `name` inside `folder`.
+
+    Raises:
+      DataError: the name is absolute or leaves the folder (also by a link), or there is no file.
+    """
+    path = Path(folder) / name
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise DataError(
+            f"image {name!r} points out of the image folder; write it relative to the folder"
+        )
+    if not path.is_file():
+        raise DataError(f"image {name!r} is not in {folder}")
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        raise DataError(
+            f"image {name!r} is a link that leaves {folder}; copy the file, or give the folder it "
+            "lies in as --config.data.image_folder"
+        )
+    return path
+
+
+def load_image(path: str | Path, spec: ImageSpec) -> np.ndarray:
+    """Reads one image.
+
+    Returns:
+      uint8[crop, crop, 3], RGB.
+
+    Raises:
+      DataError: not an image, broken, truncated, of an unknown format, or absurdly large.
+    """
+    path = Path(path)
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            image.verify()  # checksums of PNG files, which decoding alone does not look at
+        with Image.open(path, formats=FORMATS) as image:  # verify() leaves the first one unusable
+            if image.width * image.height > MAX_PIXELS:
+                raise DataError(
+                    f"image {path.name!r} has {image.width} x {image.height} pixels; "
+                    f"{MAX_PIXELS} are allowed, make it smaller"
+                )
+            return fit(to_rgb(image), spec)
+    except DataError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise DataError(f"image {path.name!r} is too large ({error}); make it smaller") from error
+    except Exception as error:  # Pillow's decoders raise errors of many kinds on broken files
+        raise DataError(f"image {path.name!r} cannot be read: {error}") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB upright image; the rules are those at the top of this file.
+
+    Raises:
+      DataError: the pixel values are not all finite.
+    """
+    image = _upright(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        values = np.asarray(image, np.float64)
+        low, high = values.min(), values.max()
+        if not (np.isfinite(low) and np.isfinite(high)):
+            raise DataError("the image holds values that are not finite numbers")
+        scaled = (values - low) * (255 / (high - low) if high > low else 0)
+        return Image.fromarray(np.rint(scaled).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # a broken EXIF block says nothing about orientation; viewers ignore it too
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
+def fit(image: Image.Image, spec: ImageSpec) -> np.ndarray:
+    """Padding to a square (if asked for), bicubic resize of the shortest edge, centre crop.
+
+    Args:
+      image: RGB.
+      spec: sizes; the padding has the colour int(mean * 255).
+
+    Returns:
+      uint8[crop, crop, 3]; black where the crop is larger than the resized image.
+
+    Raises:
+      DataError: the image is so elongated that the result would not fit in memory.
+
+    Source: `expand2square` of Med-MoE and `CLIPImageProcessor` of transformers.
+    """
+    width, height = image.size
+    if spec.aspect == "pad" and width != height:
+        side = max(width, height)
+        _check_work(side, side, width, height)
+        square = Image.new("RGB", (side, side), tuple(int(m * 255) for m in spec.mean))
+        square.paste(image, ((side - width) // 2, (side - height) // 2))
+        image, width, height = square, side, side
+    short, long = min(width, height), max(width, height)
+    long = int(spec.resize * long / short)
+    size = (spec.resize, long) if width <= height else (long, spec.resize)
+    _check_work(*size, width, height)
+    pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
+    margin = [max(0, spec.crop - edge) for edge in pixels.shape[:2]]
+    if any(margin):
+        pixels = np.pad(pixels, [((m + 1) // 2, m // 2) for m in margin] + [(0, 0)])
+    top, left = ((edge - spec.crop) // 2 for edge in pixels.shape[:2])
+    return pixels[top : top + spec.crop, left : left + spec.crop].copy()
+
+
+def _check_work(width: int, height: int, *original: int) -> None:
+    if width * height > MAX_WORK_PIXELS:
+        raise DataError(
+            f"an image of {original[0]} x {original[1]} pixels is too elongated: it would become "
+            f"{width} x {height}; crop it first"
+        )
+
+
+def normalise(images: np.ndarray, spec: ImageSpec) -> np.ndarray:
+    """uint8[..., 3] -> float32[..., 3], (pixel / 255 - mean) / std, what the vision tower reads."""
+    mean, std = np.asarray(spec.mean, np.float32), np.asarray(spec.std, np.float32)
+    return (images.astype(np.float32) / np.float32(255) - mean) / std

@@ -1,0 +1,154 @@
+"""Makes the tiny PyTorch checkpoints that the demonstration starts from.
+
+    python -m medmoe_jax.demo.checkpoints --out DIR --llm phi
+
+writes `DIR/clip` (a CLIP vision tower) and `DIR/llm` (Phi or StableLM, with a tokenizer) in Hugging
+Face's layout: what a real user downloads, at a size that a laptop trains in a minute. Both are
+pretrained shortly on phantom studies that appear in no data file (see `pretrain.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from medmoe_jax import checkpoint, presets
+from medmoe_jax.config import ModelConfig
+from medmoe_jax.convert.to_torch import to_torch
+from medmoe_jax.data import images, phantom, templates, tokens
+from medmoe_jax.demo import pretrain
+
+PRESET = {"phi": "tiny", "stablelm": "tiny_stablelm"}
+WORDS = 1000  # size of the tokenizer
+RENDER = 112  # pixels at which pretraining images are drawn
+CHUNK = 100  # images a worker draws at once
+
+
+def make_tokenizer(texts: Iterable[str], folder: Path) -> None:
+    """Trains a byte-level BPE on `texts` and writes it as a Hugging Face tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [templates.END, tokens.STABLELM_UNK]
+    trainer = trainers.BpeTrainer(
+        vocab_size=WORDS,
+        special_tokens=special,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    end = templates.END
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=end, eos_token=end, unk_token=end
+    )
+    fast.add_special_tokens({"additional_special_tokens": special[1:]})
+    fast.save_pretrained(folder)
+
+
+def documents(template: str, texts: list[str]) -> list[str]:
+    """Each text as the language model will meet it: as a caption, or as question and answer."""
+    found = []
+    for text in texts:
+        question, mark, answer = text.partition("? ")
+        if mark:
+            turns = ((templates.HUMAN, question + "?"), (templates.GPT, answer))
+            found.append("".join(s.text for s in templates.render(template, turns)))
+        else:
+            found.append(text + templates.END)
+    return found
+
+
+def patch_classes(facts: phantom.Facts, side: int) -> np.ndarray:
+    """i32[side * side]: for each patch 0, or 2 * quadrant + (1 small, 2 large) where a lesion is."""
+    size = phantom.lesion_map(facts, side)
+    far = np.arange(side) >= side / 2
+    quadrant = 2 * far[:, None] + far[None, :]
+    return np.where(size > 0, 2 * quadrant + size, 0).astype(np.int32).reshape(-1)
+
+
+def _draw(start: int, seed: int, size: int, side: int) -> list[tuple[Any, ...]]:
+    spec = images.ImageSpec(size, size)
+    studies = phantom.generate(seed, CHUNK, size=RENDER, start=start)
+    return [
+        (images.fit(Image.fromarray(pixels).convert("RGB"), spec), f.ids(), patch_classes(f, side))
+        for pixels, f in studies
+    ]
+
+
+def draw_images(n: int, seed: int, size: int, side: int) -> tuple[Any, dict[str, Any], Any]:
+    """uint8[n, size, size, 3] pretraining images, their facts and patch classes; n in hundreds."""
+    draw = partial(_draw, seed=seed, size=size, side=side)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
+        studies = [study for part in pool.map(draw, range(0, n, CHUNK)) for study in part]
+    pixels, facts, classes = zip(*studies, strict=True)
+    named = {k: np.array([f[k] for f in facts], np.int32) for k in facts[0]}
+    return np.stack(pixels), named, np.stack(classes)
+
+
+def write_part(name: str, params: dict[str, Any], model: ModelConfig, folder: Path) -> None:
+    """One part of a model ('vision' or 'llm') as a Hugging Face folder."""
+    with tempfile.TemporaryDirectory() as scratch:
+        meta = checkpoint.ModelMeta("base", model, history=["short pretraining on phantom studies"])
+        checkpoint.save_model(Path(scratch) / "model", {name: params}, meta)
+        to_torch(Path(scratch) / "model", folder, layout="hf")
+
+
+def make(
+    out: Path, llm: str, seed: int, studies: int, vision_steps: int, language_steps: int
+) -> None:
+    """Writes `out/clip` and `out/llm`; prints what was learned and how long it took."""
+    model = presets.model(PRESET[llm])
+    side = model.vision.image_size // model.vision.patch_size
+    started = time.perf_counter()
+    pixels, facts, classes = draw_images(studies, seed, model.vision.image_size, side)
+    tower, accuracy = pretrain.vision(
+        model.vision, pixels, facts, classes, steps=vision_steps, seed=seed
+    )
+    write_part("vision", tower, model, out / "clip")
+    now = time.perf_counter()
+    print(f"{out / 'clip'}: facts right {accuracy:.1%}, {now - started:.0f} s", flush=True)
+
+    texts = list(phantom.texts(seed, studies))
+    template = model.llm.family
+    make_tokenizer(documents(template, texts), out / "tokenizer")
+    tokenizer = tokens.load_tokenizer(out / "tokenizer", model.llm.family)
+    ids = [tokenizer(text).input_ids for text in documents(template, texts)]
+    weights, loss = pretrain.language(model, ids, steps=language_steps, seed=seed)
+    write_part("llm", weights, model, out / "llm")
+    for file in (out / "tokenizer").iterdir():
+        file.rename(out / "llm" / file.name)
+    (out / "tokenizer").rmdir()
+    seconds = time.perf_counter() - now
+    print(f"{out / 'llm'}: loss {loss:.2f} a token, {seconds:.0f} s", flush=True)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--llm", choices=sorted(PRESET), default="phi")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--studies", type=int, default=2400, help="pretraining images, hundreds")
+    parser.add_argument("--vision-steps", type=int, default=800)
+    parser.add_argument("--language-steps", type=int, default=200)
+    args = parser.parse_args()
+    make(args.out, args.llm, args.seed, args.studies, args.vision_steps, args.language_steps)
+
+
+if __name__ == "__main__":
+    main()

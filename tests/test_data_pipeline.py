@@ -1,0 +1,343 @@
+"""Batches: contents, order, resuming, sharing among processes, bad rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_data
+
+from medmoe_jax.config import DataConfig
+from medmoe_jax.data import merge, templates, tokens
+from medmoe_jax.data.check import load_samples, sample_fault
+from medmoe_jax.data.images import ImageSpec, load_image
+from medmoe_jax.data.pipeline import Batches, build
+from medmoe_jax.data.problems import DataError
+from medmoe_jax.data.sources import Loaded, Sample
+
+PATCHES = 4
+ROWS = 7
+SPEC = ImageSpec(8, 8, "pad")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tiny_data.save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return tokens.load_tokenizer(folder, "phi")
+
+
+@pytest.fixture
+def cfg(tmp_path: Path) -> DataConfig:
+    """Seven rows: row 5 has two images, row 6 none, later rows longer answers."""
+    rows = [tiny_data.row(i, "yes " * (4 * i + 1), modality="CT") for i in range(ROWS)]
+    for number in range(ROWS):
+        tiny_data.save_image(tmp_path / "images" / f"i{number}.png", number)
+    rows[5]["image"] = ["i5.png", "i0.png"]
+    rows[5]["conversations"][0]["value"] = "<image> <image> Which?"
+    del rows[6]["image"], rows[6]["modality"]
+    rows[6]["conversations"][0]["value"] = "What is asthma?"
+    file = tiny_data.save_rows(tmp_path / "rows.json", rows)
+    return DataConfig(
+        files=(str(file),),
+        image_folder=str(tmp_path / "images"),
+        max_length=256,
+        buckets=(80, 90, 100, 120, 256),
+    )
+
+
+@pytest.fixture
+def samples(cfg: DataConfig, tokenizer: Any) -> list[Sample]:
+    return load_samples(cfg.files, cfg, tokenizer, PATCHES).samples
+
+
+def take(batches: Batches, count: int | None) -> list[dict[str, np.ndarray]]:
+    taken = [dict(batch) for batch in itertools.islice(batches, count)]
+    batches.close()
+    return taken
+
+
+def assert_same(first: list[dict[str, np.ndarray]], second: list[dict[str, np.ndarray]]) -> None:
+    assert len(first) == len(second)
+    for one, two in zip(first, second, strict=True):
+        assert one.keys() == two.keys()
+        for key in one:
+            np.testing.assert_array_equal(one[key], two[key], err_msg=key)
+
+
+def test_contents(samples: list[Sample], cfg: DataConfig, tokenizer: Any) -> None:
+    (batch,) = take(build(samples, tokenizer, SPEC, PATCHES, cfg, ROWS, 0, train=False), None)
+    assert {key: (value.dtype.name, value.shape[1:]) for key, value in batch.items()} == {
+        "tokens": ("int32", batch["tokens"].shape[1:]),
+        "image_pos": ("int32", batch["tokens"].shape[1:]),
+        "labels": ("int32", batch["tokens"].shape[1:]),
+        "mask": ("bool", batch["tokens"].shape[1:]),
+        "images": ("uint8", (2, 8, 8, 3)),
+        "modality": ("int32", ()),
+        "row": ("int64", ()),
+    }
+    assert batch["row"].tolist() == list(range(ROWS))
+    assert batch["modality"].tolist() == [0] * 6 + [-1]
+    for number, sample in enumerate(samples):
+        coded = tokens.encode(templates.render("phi", sample.turns), tokenizer)
+        expected = merge.pad_rows([merge.expand(*coded, PATCHES)], batch["tokens"].shape[1])
+        for key, value in expected.items():
+            np.testing.assert_array_equal(batch[key][number], value[0])
+        for k in range(2):
+            image = batch["images"][number, k]
+            if k < len(sample.images):
+                path = Path(cfg.image_folder) / sample.images[k]
+                np.testing.assert_array_equal(image, load_image(path, SPEC))
+            else:
+                assert not image.any()
+
+
+def test_every_epoch_has_every_row_once(
+    samples: list[Sample], cfg: DataConfig, tokenizer: Any
+) -> None:
+    def order(seed: int) -> list[int]:
+        batches = take(build(samples, tokenizer, SPEC, PATCHES, cfg, 3, seed), ROWS)
+        return np.concatenate([batch["row"] for batch in batches]).tolist()
+
+    rows = order(0)
+    epochs = [rows[i : i + ROWS] for i in range(0, 3 * ROWS, ROWS)]
+    assert [sorted(epoch) for epoch in epochs] == [list(range(ROWS))] * 3
+    assert len(set(map(tuple, epochs))) == 3
+    assert order(0) == rows
+    assert order(1) != rows
+
+
+def test_fewer_rows_than_a_batch(samples: list[Sample], cfg: DataConfig, tokenizer: Any) -> None:
+    (batch,) = take(build(samples[:1], tokenizer, SPEC, PATCHES, cfg, 3, 0), 1)
+    assert batch["row"].tolist() == [0, 0, 0]
+
+
+def test_resume_is_exact_anywhere(samples: list[Sample], cfg: DataConfig, tokenizer: Any) -> None:
+    def make() -> Batches:
+        return build(samples, tokenizer, SPEC, PATCHES, cfg, 3, 5)
+
+    whole = take(make(), 6)
+    for stop in range(6):
+        first = make()
+        before = list(itertools.islice(first, stop))
+        state = json.loads(json.dumps(first.get_state()))
+        second = make()
+        second.set_state(state)
+        assert_same(before + take(second, 6 - stop), whole)
+        first.set_state(make().get_state())  # an iterator in use goes back as well
+        assert_same(take(first, 2), whole[:2])
+
+
+def test_state_of_other_data_is_refused(
+    samples: list[Sample], cfg: DataConfig, tokenizer: Any
+) -> None:
+    state = build(samples, tokenizer, SPEC, PATCHES, cfg, 3, 5).get_state()
+    for other, key in (
+        (build(samples, tokenizer, SPEC, PATCHES, cfg, 3, 6), "seed"),
+        (build(samples, tokenizer, SPEC, PATCHES, cfg, 4, 5), "batch_size"),
+        (build(samples[1:], tokenizer, SPEC, PATCHES, cfg, 3, 5), "digest"),
+    ):
+        with pytest.raises(DataError, match=f"the saved data position has {key}"):
+            other.set_state(state)
+
+
+def test_worker_processes_change_nothing(
+    samples: list[Sample], cfg: DataConfig, tokenizer: Any
+) -> None:
+    whole = take(build(samples, tokenizer, SPEC, PATCHES, cfg, 3, 5), 6)
+    cfg = dataclasses.replace(cfg, workers=2, on_error="skip")
+    broken = "i1.png"
+    (Path(cfg.image_folder) / broken).write_bytes(b"broken")
+    with_workers = build(samples, tokenizer, SPEC, PATCHES, cfg, 3, 5)
+    start = build(samples, tokenizer, SPEC, PATCHES, cfg, 3, 5).get_state()
+    with_workers.set_state(start | {"next_batch": 1})
+    found = take(with_workers, 5)
+    assert with_workers.get_state()["next_batch"] == 6
+    assert [problem.id for problem in with_workers.problems] == ["r1"]
+    for one, two in zip(found, whole[1:], strict=True):
+        keep = two["row"] != 1
+        assert_same([{k: v[keep] for k, v in one.items()}], [{k: v[keep] for k, v in two.items()}])
+
+
+def test_processes_share_a_batch(samples: list[Sample], cfg: DataConfig, tokenizer: Any) -> None:
+    whole = take(build(samples, tokenizer, SPEC, PATCHES, cfg, 4, 5), 5)
+    parts = [
+        take(build(samples, tokenizer, SPEC, PATCHES, cfg, 4, 5, True, index, 2), 5)
+        for index in range(2)
+    ]
+    joined = [
+        {key: np.concatenate([part[key] for part in pair]) for key in pair[0]}
+        for pair in zip(*parts, strict=True)
+    ]
+    assert_same(joined, whole)  # lengths are equal too, whoever has the longest row
+
+
+def test_length_is_the_smallest_that_fits(
+    samples: list[Sample], cfg: DataConfig, tokenizer: Any
+) -> None:
+    widths = []
+    for batch in take(build(samples, tokenizer, SPEC, PATCHES, cfg, 1, 0, train=False), None):
+        longest, width = int(batch["mask"].sum()), batch["tokens"].shape[1]
+        assert width == min(bucket for bucket in cfg.buckets if bucket >= longest)
+        widths.append(width)
+    assert len(set(widths)) > 1, widths
+    cfg = dataclasses.replace(cfg, buckets=(8, 4096), max_length=200)
+    (batch,) = take(build(samples, tokenizer, SPEC, PATCHES, cfg, ROWS, 0, train=False), None)
+    assert batch["tokens"].shape[1] == 200  # max_length is a bucket of its own
+
+
+def test_evaluation_keeps_the_last_short_batch(
+    samples: list[Sample], cfg: DataConfig, tokenizer: Any
+) -> None:
+    batches = build(samples, tokenizer, SPEC, PATCHES, cfg, 4, 0, train=False)
+    taken = take(batches, None)
+    assert [batch["row"].tolist() for batch in taken] == [[0, 1, 2, 3], [4, 5, 6, -1]]
+    last = taken[1]
+    assert not last["mask"][3].any() and not last["images"][3].any()
+    assert (last["labels"][3] == -100).all() and last["modality"][3] == -1
+    batches.set_state(batches.get_state())
+    assert next(batches, None) is None
+    parts = [
+        take(build(samples, tokenizer, SPEC, PATCHES, cfg, 4, 0, False, i, 2), None) for i in (0, 1)
+    ]
+    assert [part[1]["row"].tolist() for part in parts] == [[4, 5], [6, -1]]
+
+
+def test_broken_image_is_an_error_that_names_it(
+    samples: list[Sample], cfg: DataConfig, tokenizer: Any
+) -> None:
+    (Path(cfg.image_folder) / "i3.png").write_bytes(b"broken")
+    batches = build(samples, tokenizer, SPEC, PATCHES, cfg, 2, 0, train=False)
+    assert next(batches)["row"].tolist() == [0, 1]
+    with pytest.raises(DataError) as caught:
+        next(batches)
+    batches.close()
+    for part in (cfg.files[0], "row 3", "'r3'", "'i3.png' cannot be read", "on_error=skip"):
+        assert part in str(caught.value)
+    assert batches.get_state()["next_batch"] == 1
+
+
+def test_skipped_rows_are_blank_and_counted_once(
+    samples: list[Sample], cfg: DataConfig, tokenizer: Any
+) -> None:
+    whole = take(build(samples, tokenizer, SPEC, PATCHES, cfg, 3, 5), 6)
+    (Path(cfg.image_folder) / "i3.png").unlink()
+    cfg = dataclasses.replace(cfg, on_error="skip")
+    batches = build(samples, tokenizer, SPEC, PATCHES, cfg, 3, 5)
+    taken = take(batches, 6)
+    for one, two in zip(taken, whole, strict=True):
+        bad = two["row"] == 3
+        assert one["tokens"].shape == two["tokens"].shape
+        assert one["row"].tolist() == np.where(bad, -1, two["row"]).tolist()
+        assert not one["mask"][bad].any() and (one["labels"][bad] == -100).all()
+        assert not one["images"][bad].any() and (one["modality"][bad] == -1).all()
+        np.testing.assert_array_equal(one["images"][~bad], two["images"][~bad])
+    assert [(problem.row, problem.id) for problem in batches.problems] == [(3, "r3")]
+    assert "'i3.png' is not in" in batches.problems[0].reason
+
+
+def test_training_leaves_out_batches_without_any_row(
+    samples: list[Sample], cfg: DataConfig, tokenizer: Any
+) -> None:
+    (Path(cfg.image_folder) / "i3.png").unlink()
+    cfg = dataclasses.replace(cfg, on_error="skip")
+    batches = build(samples, tokenizer, SPEC, PATCHES, cfg, 1, 5)
+    rows = []
+    for _ in range(6):
+        rows += next(batches)["row"].tolist()
+        state = batches.get_state()
+        batches.set_state(state)
+    batches.close()
+    assert sorted(rows) == [0, 1, 2, 4, 5, 6]
+    evaluated = take(build(samples, tokenizer, SPEC, PATCHES, cfg, 1, 5, train=False), None)
+    assert [batch["row"].item() for batch in evaluated] == [0, 1, 2, -1, 4, 5, 6]
+
+
+def test_over_long_rows_are_told_and_never_cut(cfg: DataConfig, tokenizer: Any) -> None:
+    lengths = []
+    for sample in load_samples(cfg.files, cfg, tokenizer, PATCHES).samples:
+        coded = tokens.encode(templates.render("phi", sample.turns), tokenizer)
+        lengths.append(merge.merged_length(coded.ids, PATCHES))
+    limit = sorted(lengths)[-2]
+    tight = dataclasses.replace(cfg, max_length=limit)
+    longest = lengths.index(max(lengths))
+    with pytest.raises(DataError, match=rf"1 of 7 [^$]*row {longest} [^$]*{max(lengths)} places"):
+        load_samples(cfg.files, tight, tokenizer, PATCHES)
+    loaded = load_samples(
+        cfg.files, dataclasses.replace(tight, on_error="skip"), tokenizer, PATCHES
+    )
+    assert [sample.row for sample in loaded.samples] == [
+        row for row in range(ROWS) if row != longest
+    ]
+    batches = build(loaded.samples, tokenizer, SPEC, PATCHES, tight, 6, 0, train=False)
+    assert take(batches, None)[0]["tokens"].shape[1] == limit
+
+
+def test_rows_given_without_a_check_are_caught(cfg: DataConfig, tokenizer: Any) -> None:
+    loaded: Loaded = load_samples(cfg.files, cfg, tokenizer, PATCHES)
+    cfg = dataclasses.replace(cfg, max_length=64, buckets=(64,))
+    with pytest.raises(DataError, match=r"row 0 \(id 'r0'\).*max_length is 64"):
+        next(build(loaded.samples, tokenizer, SPEC, PATCHES, cfg, 2, 0, train=False))
+    cfg = dataclasses.replace(cfg, template="plain", max_length=256)
+    with pytest.raises(DataError, match=r"row 5 \(id 'r5'\).*'plain' takes one image"):
+        take(build(loaded.samples, tokenizer, SPEC, PATCHES, cfg, 1, 0, train=False), None)
+
+
+def test_all_problems_come_in_one_error(cfg: DataConfig, tokenizer: Any, tmp_path: Path) -> None:
+    rows = [tiny_data.row(0, "no"), tiny_data.row(1, ""), tiny_data.row(99, "no")]
+    rows.append(tiny_data.row(2, "long " * 300))
+    file = tiny_data.save_rows(tmp_path / "bad.jsonl", rows)
+    with pytest.raises(DataError) as caught:
+        load_samples([file], cfg, tokenizer, PATCHES)
+    reasons = [problem.reason for problem in caught.value.problems]
+    assert [problem.row for problem in caught.value.problems] == [1, 2, 3]
+    for reason, part in zip(reasons, ("empty answer", "'i99.png'", "max_length is"), strict=True):
+        assert part in reason
+
+
+def test_fault_of_text_that_has_more_bytes_than_letters(cfg: DataConfig, tokenizer: Any) -> None:
+    sample = Sample("x", (), (("human", "?"), ("gpt", "胸" * 40)), "", -1, "", "f", 0)
+    length = len(tokens.encode(templates.render("phi", sample.turns), tokenizer).ids)
+    for limit, fault in ((length, ""), (length - 1, f"{length} places with its 0 image(s)")):
+        cut = dataclasses.replace(cfg, max_length=limit)
+        assert sample_fault(sample, cut, tokenizer, PATCHES).startswith(fault)
+        assert bool(sample_fault(sample, cut, tokenizer, PATCHES)) == bool(fault)
+
+
+def test_images_stay_in_memory_if_all_fit(
+    samples: list[Sample], cfg: DataConfig, tokenizer: Any
+) -> None:
+    cached = build(samples, tokenizer, SPEC, PATCHES, cfg, ROWS, 0)
+    read = build(samples, tokenizer, SPEC, PATCHES, cfg, ROWS, 0, cache_bytes=6 * 8 * 8 * 3 - 1)
+    first = next(cached)
+    assert_same([first], [next(read)])
+    for number in range(ROWS):
+        (Path(cfg.image_folder) / f"i{number}.png").unlink()
+    later = take(cached, 4)
+    by_row = dict(zip(first["row"].tolist(), first["images"], strict=True))
+    for row, images in zip(later[3]["row"].tolist(), later[3]["images"], strict=True):
+        np.testing.assert_array_equal(images, by_row[row])
+    with pytest.raises(DataError, match=r"\.png' is not in"):
+        take(read, 4)
+    read.close()
+
+
+def test_text_only_rows(samples: list[Sample], cfg: DataConfig, tokenizer: Any) -> None:
+    (batch,) = take(build(samples[6:], tokenizer, SPEC, PATCHES, cfg, 1, 0, train=False), None)
+    assert batch["images"].shape == (1, 1, 8, 8, 3) and not batch["images"].any()
+    assert (batch["image_pos"] == -1).all() and batch["mask"].any()
+
+
+def test_wrong_settings_are_told(samples: list[Sample], cfg: DataConfig, tokenizer: Any) -> None:
+    with pytest.raises(DataError, match="no samples"):
+        build([], tokenizer, SPEC, PATCHES, cfg, 2, 0)
+    with pytest.raises(DataError, match="batch_size 3 cannot be divided among 2"):
+        build(samples, tokenizer, SPEC, PATCHES, cfg, 3, 0, True, 0, 2)
+    with pytest.raises(DataError, match="seed -1"):
+        build(samples, tokenizer, SPEC, PATCHES, cfg, 3, -1)
+    with pytest.raises(DataError, match="'phi2' is unknown"):
+        load_samples(cfg.files, dataclasses.replace(cfg, template="phi2"), tokenizer, PATCHES)
