@@ -23,7 +23,7 @@ STABLELM = LlmConfig(
     rotary_fraction=0.25,
     max_positions=4096,
 )
-TINY_VISION = VisionConfig(image_size=84, width=128, layers=5, heads=4, ffn=512)
+TINY_VISION = VisionConfig(image_size=84, width=96, layers=4, heads=3, ffn=384)
 TINY_PHI = LlmConfig(
     vocab=1024,
     width=128,

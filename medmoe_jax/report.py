@@ -109,8 +109,7 @@ class Reporter:
             self._writer.write(number, scalars | {"seconds": seconds, "data_seconds": waited})
 
     def close(self) -> None:
-        """Writes what is pending and closes the files."""
-        self.flush()
+        """Closes the bar and the files."""
         self._bar.close()
         self._writer.close()
 

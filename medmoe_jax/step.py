@@ -126,7 +126,7 @@ def make_step(
             "loss": ce + coef * aux,
             "ce": ce,
             "aux": aux,
-            "grad_norm": optax.global_norm(grads),
+            "grad_norm": optax.tree.norm(grads),
             "tokens": loss.counts.sum(),
             "rows": (loss.rows / jnp.maximum(loss.counts, 1)).reshape(-1),
         }

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -208,7 +209,7 @@ def train(cfg: RunConfig, workdir: Path) -> None:
     # --- loop ---
     run_step = step.make_step(cfg, model, tx)
     reporter = Reporter(cfg, workdir, first, total, optim.schedule(cfg.optim, total), data.samples)
-    with jax.set_mesh(mesh):
+    with closing(checkpoints), closing(stream), closing(reporter), jax.set_mesh(mesh):
         for number in range(first + 1, total + 1):
             asked = time.perf_counter()
             batch = next(stream)
@@ -225,9 +226,6 @@ def train(cfg: RunConfig, workdir: Path) -> None:
     problems.write_problems(left_out, workdir / "skipped.jsonl")
     if left_out:
         print(f"{len(left_out):,} rows were left out: {workdir / 'skipped.jsonl'}", flush=True)
-    stream.close()
-    reporter.close()
-    checkpoints.close()
 
     # --- result ---
     # Frozen weights are written as they were read, not as rounded for the computation.

@@ -108,7 +108,9 @@ def test_golden_folder_and_its_conversion(
 def test_random_folders(tmp_path: Path, name: str) -> None:
     pytest.importorskip("torch", reason="needs the extra medmoe_jax[torch]")
     import random_checkpoint
+    import torch
 
+    torch.set_num_threads(1)  # threads that wait for one another would be most of the time
     folder = random_checkpoint.write(tmp_path, random_checkpoint.Spec(**SMALL, **RANDOM[name]))
     file = folder / "io.safetensors"
     assert_whole(check.check(folder, file), file)

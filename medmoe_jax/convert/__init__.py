@@ -1,5 +1,4 @@
-"""Conversion between PyTorch checkpoints and model folders, in both directions and exact to the
-bit.
+"""Conversion between PyTorch checkpoints and model folders, both ways and exact to the bit.
 
 Command line: `python -m medmoe_jax.convert {to-jax,to-torch,check} ...`. Read on in `table.py`.
 """

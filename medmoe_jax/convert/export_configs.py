@@ -147,9 +147,7 @@ def _describes_vision(stored: dict[str, Any], vision: VisionConfig) -> bool:
 
 
 def _describes(stored: dict[str, Any], model: ModelConfig, keys: Collection[str]) -> bool:
-    """Whether a stored Med-MoE configuration still gives the model's shapes and its mixture's
-    settings.
-    """
+    """Whether a stored Med-MoE configuration still gives the model's shapes and mixture."""
     try:
         moe = read_moe(stored, model.llm.layers, keys, Path("config.json"))
     except ConversionError:
@@ -207,9 +205,7 @@ def _stablelm_epoch(llm: LlmConfig) -> dict[str, Any]:
 
 
 def _multimodal(model: ModelConfig) -> dict[str, Any]:
-    """What the official classes expect beside the language model's fields, at the shipped scripts'
-    values.
-    """
+    """What the official classes expect beside the language model's fields, as scripts set it."""
     return {
         "attention_dropout": 0.0,
         "initializer_range": 0.02,

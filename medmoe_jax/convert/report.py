@@ -1,6 +1,4 @@
-"""What a conversion tells its user: one error that lists every problem, and a report of what was
-done.
-"""
+"""What a conversion tells its user: every problem in one error, or a report of what was done."""
 
 from __future__ import annotations
 

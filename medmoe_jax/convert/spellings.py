@@ -29,14 +29,12 @@ _IGNORED = (
 )
 
 _RENAMED = (
-    # CLIP: transformers before 5 and full CLIP models prefix the tower's keys, transformers 5 does
-    # not
+    # CLIP: towers saved by transformers 5 have no prefix, older ones and full models have
     (
         r"^(vision_model\.)?(embeddings|encoder|pre_layrnorm|post_layernorm)\.",
         TOWER + r"vision_model.\2.",
     ),
-    # the residual form of the official MoE layer: its MLP and the meta expert are the same
-    # parameters
+    # the official residual form: its MLP and the meta expert are the same parameters
     (r"\.mlp\.mlp\.", ".mlp.meta_moe."),
     # Microsoft's own Phi-2 files (model type phi-msft)
     (r"^transformer\.embd\.wte\.", "model.embed_tokens."),

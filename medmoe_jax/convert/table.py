@@ -230,8 +230,7 @@ def _moe(config: ModelConfig, place: int, key: str) -> list[Row]:
     assert moe is not None
     rows: list[Row] = []
     for i in range(1, moe.router_layers + 1):
-        # one layer, as the official code has it: the gate is that layer itself; more: named like
-        # the router's
+        # a single layer is the gate itself, as in the official code; more are named as the router's
         gate = f"{key}{GATE}fc{i}" if moe.router_layers > 1 else f"{key}{GATE}".removesuffix(".")
         out = moe.experts if i == moe.router_layers else width
         rows += _linear(f"llm/moe/router/fc{i}", (place,), gate, out, width)

@@ -182,8 +182,7 @@ def _init_projector(rows: list[Row], params: dict[str, np.ndarray], seed: int) -
 def _compare_tower(
     plan: Plan, params: dict[str, np.ndarray], narrower: dict[str, str], report: Report
 ) -> dict[str, str]:
-    """Compares the CLIP weights inside the checkpoint, which are not used, with those of the CLIP
-    folder.
+    """Compares the CLIP weights inside the checkpoint, which are not used, with the CLIP folder's.
 
     Returns:
       PyTorch key -> dtype of the copies that are the same numbers in another dtype, to be exported

@@ -114,18 +114,14 @@ def to_torch(
 
 @dataclass(frozen=True)
 class _Export:
-    """Where tensors come from: leaves by path, the model's meta data, and the dtype asked for
-    (None: their own).
-    """
+    """Where tensors come from: leaves by path, meta data, and the dtype asked for (None: own)."""
 
     leaves: dict[str, np.ndarray]
     meta: ModelMeta
     dtype: str | None
 
     def tensor(self, row: Row, key: str, dtype: str | None = None) -> NewTensor:
-        """A row of the table, to be written under `key` (which decides on its dtype where that
-        is not given).
-        """
+        """A row of the table, to be written under `key`, whose dtype is taken if none is given."""
         own = self.meta.dtypes.get(row.key.removeprefix(TOWER), self.leaves[row.path].dtype.name)
         dtype = dtype or self.dtype or self.meta.dtypes.get(key, own)
         return NewTensor(key, dtype, row.shape, lambda: self._array(row, dtype))
@@ -251,9 +247,7 @@ def _write_official(
 
 
 def _tower_path(meta: ModelMeta, dst: Path) -> str:
-    """What `mm_image_tower` is to say: what it said, where that leads somewhere, else the folder
-    that is written.
-    """
+    """What `mm_image_tower` is to say: as before where that leads somewhere, else `./clip`."""
     named = (meta.torch_config or {}).get("mm_image_tower") or ""
     on_hub = named.startswith(("openai/", "laion/"))  # names that the official code fetches
     if on_hub or (named and (dst / named / "config.json").is_file()):

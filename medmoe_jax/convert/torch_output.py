@@ -21,9 +21,7 @@ _NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}  # in the file
 
 @dataclass(frozen=True)
 class NewTensor:
-    """A tensor to be written: its key, dtype by name, shape, and what makes the array when its
-    turn comes.
-    """
+    """A tensor to be written: key, dtype by name, shape, and what makes the array in its turn."""
 
     key: str
     dtype: str
@@ -63,8 +61,7 @@ def write_safetensors(path: Path, tensors: Sequence[NewTensor]) -> None:
 
 
 def write_sharded(folder: Path, tensors: Sequence[NewTensor], shard_bytes: int) -> list[str]:
-    """Writes `model.safetensors`, or numbered files and their index where it would exceed
-    `shard_bytes`.
+    """Writes `model.safetensors`, or numbered files and an index beyond `shard_bytes`.
 
     Returns:
       The names of the weight files.

@@ -73,7 +73,8 @@ def documents(template: str, texts: list[str]) -> list[str]:
 
 
 def patch_classes(facts: phantom.Facts, side: int) -> np.ndarray:
-    """i32[side * side]: for each patch 0, or 2 * quadrant + (1 small, 2 large) where a lesion is."""
+    """i32[side * side]: for each patch 0, or 2 * quadrant + (1 small, 2 large) where a lesion
+    is."""
     size = phantom.lesion_map(facts, side)
     far = np.arange(side) >= side / 2
     quadrant = 2 * far[:, None] + far[None, :]
@@ -143,8 +144,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--llm", choices=sorted(PRESET), default="phi")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--studies", type=int, default=2400, help="pretraining images, hundreds")
-    parser.add_argument("--vision-steps", type=int, default=800)
+    parser.add_argument("--studies", type=int, default=3000, help="pretraining images, hundreds")
+    parser.add_argument("--vision-steps", type=int, default=1000)
     parser.add_argument("--language-steps", type=int, default=200)
     args = parser.parse_args()
     make(args.out, args.llm, args.seed, args.studies, args.vision_steps, args.language_steps)

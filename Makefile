@@ -1,0 +1,47 @@
+# make demo   the whole path on phantom data: train all phases, evaluate, convert back (LLM=stablelm)
+# make test   the test suite            make lint   ruff            make types   pyright
+#
+# The active Python is used if it has all packages; otherwise an environment is made in .venv.
+
+PYTHON ?= python3
+VENV ?= .venv
+LLM ?= phi
+SEED ?= 0
+WORKDIR ?= runs/demo_$(LLM)
+
+PACKAGES := absl chex flax grain jax ml_collections numpy optax orbax.checkpoint PIL safetensors \
+  tensorboardX tqdm transformers torch pytest ruff pyright nltk
+COMPLETE := $(shell $(PYTHON) -c 'import importlib.util as u, sys; \
+  sys.exit(not all(u.find_spec(n) for n in "$(PACKAGES)".split()))' >/dev/null 2>&1 && echo yes)
+
+ifeq ($(COMPLETE),yes)
+RUN := $(PYTHON)
+READY :=
+else
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.complete
+endif
+
+.PHONY: demo test lint types clean
+
+demo: $(READY)
+	$(RUN) -m medmoe_jax.demo --workdir $(WORKDIR) --llm $(LLM) --seed $(SEED)
+
+test: $(READY)
+	$(RUN) -m pytest
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+types: $(READY)
+	$(RUN) -m pyright --pythonpath "$$($(RUN) -c 'import sys; print(sys.executable)')"
+
+$(VENV)/.complete: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --upgrade pip
+	$(VENV)/bin/python -m pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf runs .pytest_cache .ruff_cache build *.egg-info

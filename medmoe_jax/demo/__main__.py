@@ -1,0 +1,163 @@
+"""The whole path on phantom data: `python -m medmoe_jax.demo --workdir DIR [--llm phi|stablelm]`.
+
+Every step is a command that a user would type; it is printed before it runs. Finished steps are not
+run again, so an interrupted demonstration goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from medmoe_jax.demo.checkpoints import PRESET
+
+SHOWN = 6  # questions printed with their answers
+EVALUATED = (
+    ("stage 2", "stage2", "shown"),
+    ("stage 3", "stage3", "shown"),
+    ("blank", "stage3", "blank"),
+)
+
+
+class Demo:
+    """Runs the steps in order and remembers how long each took."""
+
+    def __init__(self, workdir: Path, llm: str, seed: int) -> None:
+        self.dir, self.llm, self.seed = workdir, llm, seed
+        self.size = PRESET[llm]
+        self.data = workdir / "data"
+        self.seconds: dict[str, float] = {}
+
+    def step(self, name: str, module: str, *args: object) -> None:
+        """Runs `python -m medmoe_jax.MODULE ARGS`, unless it finished in an earlier run."""
+        words = [sys.executable, "-m", f"medmoe_jax.{module}", *map(str, args)]
+        shown = ["python", *words[1:]]
+        mark = self.dir / "done" / f"{name}.json"
+        print(f"\n=== {name} ===\n$ {shlex.join(shown)}", flush=True)
+        if mark.exists():
+            self.seconds[name] = json.loads(mark.read_text())["seconds"]
+            print("(done before)", flush=True)
+            return
+        started = time.perf_counter()
+        status = subprocess.run(words, check=False).returncode
+        if status:
+            sys.exit(f"the step {name!r} failed with status {status}; its output is above")
+        self.seconds[name] = time.perf_counter() - started
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.write_text(json.dumps({"seconds": self.seconds[name]}))
+
+    def train(self, phase: str, init: str, file: str, *more: str) -> None:
+        """One phase of training on `file`, from the model folder `init`."""
+        self.step(
+            phase,
+            "train",
+            f"--config=configs/{phase}.py:{self.size}",
+            f"--workdir={self.dir / phase}",
+            f"--config.init={self.dir / init}",
+            f"--config.data.files=('{self.data / file}',)",
+            f"--config.data.image_folder={self.data / 'images'}",
+            f"--config.seed={self.seed}",
+            *more,
+        )
+
+    def ask(self, name: str, phase: str, images: str) -> None:
+        """Answers the test questions with a phase's model and scores them."""
+        test, answers = self.data / "test.json", self.dir / f"{name}.jsonl".replace(" ", "_")
+        self.step(
+            f"ask {name}",
+            "predict",
+            *("--model-path", self.dir / phase / "model"),
+            *("--question-file", test),
+            *("--image-folder", self.data / "images"),
+            *("--answers-file", answers),
+            *("--images", images, "--batch-size", 32, "--max-new-tokens", 16),
+        )
+        out = answers.with_suffix(".metrics.json")
+        self.step(f"score {name}", "evaluate", "--gt", test, "--pred", answers, "--out", out)
+
+    def run(self) -> None:
+        """All steps."""
+        torch, data = self.dir / "torch", self.data
+        self.step("phantom studies", "data.phantom", "--out", data, "--seed", self.seed)
+        self.step(
+            "tiny checkpoints",
+            "demo.checkpoints",
+            *("--out", torch, "--llm", self.llm, "--seed", self.seed),
+        )
+        self.step(
+            "to JAX",
+            "convert",
+            "to-jax",
+            *(torch / "llm", self.dir / "start", "--vision", torch / "clip", "--seed", self.seed),
+        )
+        heldout = f"--config.data.eval_files=('{data / 'instruct_heldout.json'}',)"
+        self.train("stage1", "start", "alignment.json")
+        self.train("stage2", "stage1/model", "instruct.json")
+        self.train("router", "stage2/model", "instruct.json", heldout)
+        self.train("stage3", "router/model", "train_all.json")
+        for name, phase, images in EVALUATED:
+            self.ask(name, phase, images)
+        exported, record = self.dir / "exported", self.dir / "pytorch.safetensors"
+        self.step("to PyTorch", "convert", "to-torch", self.dir / "stage3/model", exported)
+        self.step(
+            "PyTorch answers",
+            "demo.record",
+            *("--torch", exported, "--question-file", data / "test.json"),
+            *("--image-folder", data / "images", "--out", record),
+        )
+        self.step("same logits", "convert", "check", self.dir / "stage3/model", "--io", record)
+
+    def table(self) -> str:
+        """What was reached, and how long it took."""
+        lines = [f"{'':<28}{'closed accuracy':>16}{'open recall':>14}"]
+        names = {"blank": "stage 3, blank images"}
+        for name, _, _ in EVALUATED:
+            summary = self._json(f"{name}.metrics.json".replace(" ", "_"))["summary"]
+            values = (summary["closed accuracy"], summary["open recall"])
+            lines.append(f"{names.get(name, name):<28}{values[0]:>14.1f} %{values[1]:>12.1f} %")
+        router = self._json("router/router.json")
+        lines.append(f"{'router accuracy':<28}{100 * router['accuracy']:>14.1f} %")
+        lines.append("")
+        lines += [f"{name:<28}{seconds:>14.0f} s" for name, seconds in self.seconds.items()]
+        lines.append(f"{'all steps':<28}{sum(self.seconds.values()):>14.0f} s")
+        return "\n".join(lines)
+
+    def examples(self) -> str:
+        """A few questions with the true answer and the model's."""
+        said = {
+            row["question_id"]: row
+            for row in map(json.loads, (self.dir / "stage_3.jsonl").read_text().splitlines())
+        }
+        lines = []
+        for row in json.loads((self.data / "test.json").read_text())[:SHOWN]:
+            answer = said[row["id"]]
+            lines.append(
+                f"{row['image']}: {answer['prompt']}\n    answer: {answer['text']} "
+                f"({answer['metadata']['confidence']:.0%}); truth: {row['conversations'][1]['value']}"
+            )
+        return "\n".join(lines)
+
+    def _json(self, name: str) -> dict[str, Any]:
+        return json.loads((self.dir / name).read_text())
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description="Med-MoE from checkpoint to checkpoint, small.")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--llm", choices=sorted(PRESET), default="phi")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    demo = Demo(args.workdir, args.llm, args.seed)
+    demo.run()
+    print(f"\n{demo.examples()}\n\n{demo.table()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,323 @@
+"""One optimiser step: losses, gradients, what trains and what does not, and the schedule."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import small_models
+from flax.traverse_util import flatten_dict
+
+from medmoe_jax import losses, optim, step
+from medmoe_jax.config import ConfigError, ModelConfig, MoeConfig, OptimConfig, RunConfig
+from medmoe_jax.convert import table
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+OFFICIAL = ("llm/moe/(experts|meta)/.*", "llm/mlp/.*", "projector/.*")  # stage 3
+SGD = OptimConfig(lr=1e-3, schedule="constant", warmup=0.0)
+
+
+def run_config(model: ModelConfig, train: tuple[str, ...], **changes: Any) -> RunConfig:
+    """A run in float32."""
+    base = RunConfig(
+        model=model,
+        train=train,
+        compute_dtype="float32",
+        frozen_dtype="float32",
+        remat="none",
+        loss_chunk=0,
+        optim=SGD,
+    )
+    return dataclasses.replace(base, **changes)
+
+
+def start(cfg: RunConfig, params: dict[str, Any]) -> tuple[Any, step.State, dict[str, Any]]:
+    """The transformation, the first state and the frozen parameters."""
+    flat = {k: jnp.array(v) for k, v in flatten_dict(params, sep="/").items()}
+    label = optim.labels(list(flat), cfg.train)
+    train, frozen = optim.split(flat, label)
+    tx = optim.make(cfg.optim, 10, label)
+    return tx, step.State(jnp.zeros((), jnp.int32), train, tx.init(train | frozen)), frozen
+
+
+def on_device(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    keys = ("tokens", "image_pos", "labels", "mask", "images", "modality")
+    return {key: batch[key] for key in keys}
+
+
+def first_moment(state: step.State) -> dict[str, Any]:
+    """Adam's mean of the gradients of everything that trains."""
+    adam = [s for s in jax.tree.leaves(state.opt, is_leaf=_is_adam) if _is_adam(s)]
+    assert len(adam) == 1
+    return {k: v for k, v in adam[0].mu.items() if not isinstance(v, optax.MaskedNode)}
+
+
+def _is_adam(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByAdamState)
+
+
+def by_torch_key(cfg: ModelConfig, flat: dict[str, Any], key: str) -> np.ndarray:
+    """The part of a path -> array dict that the PyTorch tensor `key` is, in PyTorch's layout."""
+    row = next(row for row in table.table(cfg) if row.key == key)
+    return row.to_torch(np.asarray(flat[row.path])[row.index])
+
+
+@pytest.mark.parametrize("name", small_models.GOLDEN_MOE + small_models.GOLDEN_DENSE)
+def test_goldens(fixtures: Path, name: str) -> None:
+    """Losses of four steps, gradients of the first and parameters after three, as PyTorch's."""
+    params, cfg = small_models.golden_params(fixtures / name)
+    want = small_models.golden_io(fixtures / name, "train_io")
+    norms = json.loads((fixtures / name / "meta.json").read_text())["grad_norms"]
+    batch = on_device(small_models.golden_batch(cfg, small_models.golden_io(fixtures / name)))
+    train = OFFICIAL if cfg.moe else ("llm/.*", "projector/.*")
+    run = run_config(cfg, train, official_aux=True, loss_chunk=7)
+    tx, state, frozen = start(run, params)
+    one = step.make_step(run, cfg, tx)
+    rows = {row.key: row.path for row in table.table(cfg)}
+    assert {rows[key] for key in norms} == set(state.train)
+    got = []
+    for number in range(4):
+        state, metrics = one(state, frozen, batch)
+        got.append(float(metrics["loss"]))
+        if number == 0:  # Adam's first moment is then (1 - b1) times the gradient
+            gradient = {k: np.asarray(v) / 0.1 for k, v in first_moment(state).items()}
+            for key, norm in norms.items():
+                ours = np.linalg.norm(by_torch_key(cfg, gradient, key))
+                assert ours == pytest.approx(norm, rel=1e-4, abs=1e-6), key
+            total = np.sqrt(sum(norm**2 for norm in norms.values()))
+            assert float(metrics["grad_norm"]) == pytest.approx(total, rel=1e-4)
+        after = {k: np.asarray(v) for k, v in state.train.items()} if number == 2 else {}
+        for key in [k for k in want if k.startswith(("grad.", "param_after3."))]:
+            kind, torch_key = key.split(".", 1)
+            if kind == "grad" and number == 0:
+                ours = by_torch_key(cfg, gradient, torch_key)
+                np.testing.assert_allclose(ours, want[key], atol=2e-5, err_msg=key)
+            elif kind == "param_after3" and number == 2:
+                ours = by_torch_key(cfg, after, torch_key)
+                np.testing.assert_allclose(ours, want[key], atol=1e-4, err_msg=key)
+    np.testing.assert_allclose(got, want["losses"], atol=1e-4)
+
+
+MODEL = small_models.config("phi", MoeConfig(experts=2, aux_coef=0.1), layers=2)
+
+
+@pytest.fixture(scope="module")
+def params() -> dict[str, Any]:
+    """Random parameters of MODEL."""
+    return small_models.params(MODEL)
+
+
+@pytest.fixture(scope="module")
+def batch() -> dict[str, np.ndarray]:
+    """Four rows with different numbers of labelled tokens."""
+    return on_device(small_models.batch(MODEL, (1, 0, 0, 1)))
+
+
+def test_frozen_parameters_are_left_alone(params: Any, batch: Any) -> None:
+    """They are not written and own no optimiser state; everything else moves."""
+    run = run_config(MODEL, ("llm/moe/(experts|meta)/.*",))
+    tx, state, frozen = start(run, params)
+    before = {k: np.asarray(v) for k, v in (state.train | frozen).items()}
+    trained = set(state.train)
+    assert {k.split("/")[2] for k in trained} == {"experts", "meta"}
+    moments = [x for x in jax.tree.leaves(state.opt) if x.ndim]
+    assert sum(x.size for x in moments) == 2 * sum(x.size for x in state.train.values())
+    one = step.make_step(run, MODEL, tx)
+    for _ in range(2):
+        state, _ = one(state, frozen, batch)
+    assert set(state.train) == trained and int(state.step) == 2
+    for path, value in frozen.items():
+        assert (np.asarray(value) == before[path]).all(), path
+    for path, value in state.train.items():
+        assert (np.asarray(value) != before[path]).mean() > 0.5, path
+
+
+def test_accumulation_is_one_large_batch(params: Any, batch: Any) -> None:
+    """Two micro-batches with unlike numbers of labels give the mean over all labelled tokens."""
+    assert (batch["labels"][:2] >= 0).sum() != (batch["labels"][2:] >= 0).sum()
+    model = dataclasses.replace(MODEL, moe=dataclasses.replace(MODEL.moe, aux_coef=0.0))
+    results = []
+    for parts in (1, 2):
+        run = run_config(model, ("projector/.*", "llm/moe/meta/.*"))
+        run = dataclasses.replace(run, optim=dataclasses.replace(SGD, accumulate=parts))
+        tx, state, frozen = start(run, params)
+        state, metrics = step.make_step(run, model, tx)(state, frozen, batch)
+        results.append((metrics, first_moment(state)))
+    (one, gradient), (two, gradients) = results
+    for name in ("loss", "grad_norm", "tokens", "rows"):
+        np.testing.assert_allclose(one[name], two[name], rtol=1e-5)
+    assert one["rows"].shape == (4,) and int(one["tokens"]) == (batch["labels"][:, 1:] >= 0).sum()
+    for path in gradient:
+        np.testing.assert_allclose(gradient[path], gradients[path], atol=1e-7)
+
+
+def test_clipping_is_by_the_norm_of_what_trains() -> None:
+    """Whatever is frozen, the update is that of a gradient scaled to the norm."""
+    flat = {"a": jnp.ones(3), "b": jnp.ones(4), "c": jnp.ones(5)}
+    label = optim.labels(list(flat), ("a", "b"))
+    train, frozen = optim.split(flat, label)
+    grads = {"a": jnp.full(3, 3.0), "b": jnp.full(4, -1.0)}
+    norm = float(jnp.sqrt(27.0 + 4.0))
+    moments = []
+    for clip, factor in ((0.0, 1.0), (2 * norm, 1.0), (norm / 4, 0.25)):
+        tx = optim.make(dataclasses.replace(SGD, clip_norm=clip), 10, label)
+        new, opt = optim.update(tx, grads, tx.init(flat), train, frozen)
+        assert set(new) == {"a", "b"}
+        moments.append(first_moment(step.State(jnp.zeros(()), train, opt)))
+        np.testing.assert_allclose(moments[-1]["a"], 0.1 * 3.0 * factor, rtol=1e-5)
+
+
+def test_a_step_computes_no_frozen_gradient(params: Any, batch: Any) -> None:
+    """Clipping costs (almost) nothing when little trains; a norm over all leaves would not."""
+    flops = {}
+    for name, train, clip in (
+        ("little", ("projector/.*",), 0.0),
+        ("little, clipped", ("projector/.*",), 1.0),
+        ("all", (".*",), 1.0),
+    ):
+        run = run_config(MODEL, train, optim=dataclasses.replace(SGD, clip_norm=clip))
+        tx, state, frozen = start(run, params)
+        compiled = step.make_step(run, MODEL, tx).lower(state, frozen, batch).compile()
+        cost = compiled.cost_analysis()
+        assert cost is not None
+        flops[name] = cost["flops"]
+    assert flops["little, clipped"] < 1.02 * flops["little"]
+    assert flops["all"] > 1.25 * flops["little, clipped"]
+
+
+def test_router_phase_trains_the_router_alone(params: Any, batch: Any) -> None:
+    """In bfloat16 with everything recomputed, as on a large model; the loss falls."""
+    dense = dataclasses.replace(MODEL, moe=None)
+    llm = {k: v for k, v in small_models.params(dense)["llm"].items()}
+    router = jax.tree.map(lambda a: a[0], params["llm"]["moe"]["router"])
+    run = run_config(
+        MODEL,
+        ("router/.*",),
+        objective="router",
+        compute_dtype="bfloat16",
+        remat="full",
+        optim=dataclasses.replace(SGD, lr=1e-2),
+    )
+    tx, state, frozen = start(run, params | {"llm": llm, "router": router})
+    assert set(state.train) == {"router/fc1/kernel", "router/fc1/bias"}
+    one = step.make_step(run, dense, tx)
+    modality = np.array([0, 1, 1, -1], np.int32)
+    found = []
+    for _ in range(12):
+        state, metrics = one(state, frozen, batch | {"modality": modality})
+        found.append(float(metrics["loss"]))
+    assert int(metrics["tokens"]) == batch["mask"][:3].sum() * len(MODEL.moe_layers)
+    assert found[-1] < 0.8 * found[0]
+
+
+def test_answer_loss_in_chunks() -> None:
+    """Values and gradients do not depend on the chunk; rows without labels count nothing."""
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.standard_normal((3, 11, 4)), jnp.float32)
+    head = jnp.asarray(rng.standard_normal((4, 7)), jnp.float32)
+    labels = np.where(rng.random((3, 11)) < 0.6, rng.integers(0, 7, (3, 11)), -100)
+    labels[2] = -100
+
+    def total(hidden: Any, head: Any, chunk: int) -> Any:
+        rows, counts = losses.answer_loss(hidden, lambda h: h @ head, jnp.asarray(labels), chunk)
+        return rows.sum(), (rows, counts)
+
+    run = jax.jit(jax.value_and_grad(total, (0, 1), has_aux=True), static_argnums=2)
+    (_, (rows, counts)), gradient = run(hidden, head, 0)
+    scores = np.asarray(hidden @ head, np.float64)
+    want, number = np.zeros(3), np.zeros(3, int)
+    for b, t in zip(*np.nonzero(labels[:, 1:] >= 0), strict=True):
+        share = np.exp(scores[b, t]) / np.exp(scores[b, t]).sum()
+        want[b] -= np.log(share[labels[b, t + 1]])
+        number[b] += 1
+    np.testing.assert_allclose(rows, want, rtol=1e-5)
+    assert counts.tolist() == number.tolist() and not rows[2] and not gradient[0][2].any()
+    for chunk in (4, 11):
+        (_, (other, same)), gradients = run(hidden, head, chunk)
+        np.testing.assert_allclose(other, rows, rtol=1e-6)
+        assert same.tolist() == counts.tolist()
+        for a, b in zip(gradient, gradients, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_router_loss_levels() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((2, 3, 4, 3)).astype(np.float32)
+    mask = np.array([[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]], bool)
+    modality = np.array([2, -1, 0], np.int32)
+
+    def minus_log(scores: np.ndarray, target: int) -> float:
+        return float(np.log(np.exp(scores).sum()) - scores[target])
+
+    arrays = jnp.asarray(logits), jnp.asarray(mask), jnp.asarray(modality)
+    rows, counts = losses.router_loss(*arrays, "token")
+    want = [
+        sum(minus_log(logits[n, b, t], modality[b]) for n in range(2) for t in places)
+        for b, places in ((0, range(3)), (2, range(1)))
+    ]
+    np.testing.assert_allclose(rows, [want[0], 0, want[1]], rtol=1e-5)
+    assert counts.tolist() == [6, 0, 2]
+    rows, counts = losses.router_loss(*arrays, "sample")
+    want = [minus_log(logits[:, b, :n].mean((0, 1)), modality[b]) for b, n in ((0, 3), (2, 1))]
+    np.testing.assert_allclose(rows, [want[0], 0, want[1]], rtol=1e-5)
+    assert counts.tolist() == [1, 0, 1]
+    with pytest.raises(ValueError, match="'word' is unknown; use 'token' or 'sample'"):
+        losses.router_loss(*arrays, "word")
+    posterior = np.asarray(losses.posterior(*arrays[:2]))
+    logs = logits[:, 0, :3] - np.log(np.exp(logits[:, 0, :3]).sum(-1, keepdims=True))
+    want = np.exp(logs.mean((0, 1)))
+    np.testing.assert_allclose(posterior[0], want / want.sum(), rtol=1e-5)
+
+
+def test_unknown_objective(params: Any, batch: Any) -> None:
+    run = run_config(MODEL, (".*",), objective="sing")
+    flat = flatten_dict(params, sep="/")
+    with pytest.raises(ConfigError, match="objective 'sing' is unknown; use 'answer' or 'router'"):
+        jax.eval_shape(lambda f, b: step.forward_loss(run, MODEL, f, b), flat, batch)
+
+
+def test_labels() -> None:
+    paths = ["llm/mlp/fc1/kernel", "llm/moe/meta/fc1/kernel", "projector/fc0/bias"]
+    label = optim.labels(paths, ("llm/mlp/.*", "projector/.*"))
+    assert [label[p] for p in paths] == ["train", "frozen", "train"]
+    with pytest.raises(ConfigError, match=r"'projektor/\.\*' matches no parameter"):
+        optim.labels(paths, ("llm/.*", "projektor/.*"))
+    with pytest.raises(ConfigError, match="'llm/mlp' matches no parameter"):  # the whole path
+        optim.labels(paths, ("llm/mlp",))
+    with pytest.raises(ConfigError, match="nothing would train"):
+        optim.labels(paths, ())
+    flat = {p: np.zeros((2, n + 1), np.float32) for n, p in enumerate(paths)}
+    report = optim.group_table(flat, label).splitlines()
+    assert len(report) == 4 and report[0].split()[0] == "parameters"
+    assert report[2].split() == ["llm/moe/meta", "float32", "-", "frozen", "1", "4"]
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(0.03, 100), (0.03, 7), (0.0, 20), (0.5, 3)])
+def test_schedule_is_that_of_transformers(warmup: float, steps: int) -> None:
+    torch = pytest.importorskip("torch", reason="needs the extra medmoe_jax[torch]")
+    from transformers import get_cosine_schedule_with_warmup
+
+    optimiser = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-5)
+    rise = int(np.ceil(warmup * steps))
+    theirs = get_cosine_schedule_with_warmup(optimiser, rise, steps)
+    ours = optim.schedule(OptimConfig(lr=2e-5, warmup=warmup), steps)
+    for number in range(steps + 1):
+        want = theirs.get_last_lr()[0]
+        assert float(ours(number)) == pytest.approx(want, rel=1e-5, abs=1e-11), number
+        optimiser.step()
+        theirs.step()
+
+
+def test_constant_and_unknown_schedule() -> None:
+    constant = optim.schedule(OptimConfig(lr=1.0, warmup=0.5, schedule="constant"), 4)
+    assert [float(constant(n)) for n in range(5)] == [0.0, 0.5, 1.0, 1.0, 1.0]
+    with pytest.raises(ConfigError, match="'linear' is unknown; use 'cosine' or 'constant'"):
+        optim.schedule(OptimConfig(schedule="linear"), 4)
