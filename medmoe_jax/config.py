@@ -211,7 +211,9 @@ def model_from_dict(data: dict[str, Any]) -> ModelConfig:
     """Inverse of `model_to_dict`. Raises ConfigError on unknown or missing parts."""
     try:
         moe = data.get("moe")
-        vision = {k: tuple(v) if isinstance(v, list) else v for k, v in data["vision"].items()}
+        vision: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in data["vision"].items()
+        }
         return ModelConfig(
             vision=VisionConfig(**vision),
             llm=LlmConfig(**data["llm"]),

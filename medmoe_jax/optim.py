@@ -8,6 +8,7 @@ optimiser state, its gradient is never computed, and it is never written.
 from __future__ import annotations
 
 import re
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -71,7 +72,10 @@ def make(cfg: OptimConfig, steps: int, label: dict[str, str]) -> optax.GradientT
         schedule(cfg, steps), b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay
     )
     clip = [optax.clip_by_global_norm(cfg.clip_norm)] if cfg.clip_norm else []
-    branches = {TRAIN: optax.chain(*clip, adamw), FROZEN: optax.set_to_zero()}
+    branches: dict[Hashable, optax.GradientTransformation] = {
+        TRAIN: optax.chain(*clip, adamw),
+        FROZEN: optax.set_to_zero(),
+    }
     return optax.multi_transform(branches, label)
 
 
@@ -94,7 +98,8 @@ def update(
     # hold them.
     whole = grads | {k: jnp.zeros_like(v) for k, v in frozen.items()}
     updates, state = tx.update(whole, state, train | frozen)
-    return {k: optax.apply_updates(v, updates[k]) for k, v in train.items()}, state
+    changes = {k: updates[k] for k in train}
+    return dict(optax.apply_updates(train, changes)), state
 
 
 def group_table(flat: Flat, label: dict[str, str]) -> str:

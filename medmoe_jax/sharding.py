@@ -8,6 +8,7 @@ inside one expert, over `fsdp`; all other large weights are spread over both.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -35,7 +36,7 @@ RULES: tuple[tuple[str, P], ...] = (
 )
 
 
-def make_mesh(cfg: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Mesh with the axes AXES over `devices` (default: all).
 
     Raises:

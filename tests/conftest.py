@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 import pytest
 
+# Most of the tests' time is compilation; the older code emitters take a third of it. A jaxlib that
+# does not know the flag would end the process, hence the version.
+if jax.__version__.startswith("0.10."):
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false".strip()
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 FIXTURES = Path(__file__).resolve().parents[2] / "shared" / "fixtures"

@@ -143,6 +143,21 @@ def test_who_sees_whom(cfg: ModelConfig, params: Any, batch: Any) -> None:
         assert not images or min(of_images[i].max() for i in images) > 1e-4
 
 
+def test_padding_does_not_count_in_the_load_balancing_loss() -> None:
+    """Unless the official count is asked for."""
+    cfg = small_models.config("stablelm", MoeConfig(experts=3, placement="dense"), layers=2)
+    p = small_models.params(cfg)
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def loss(p: Any, batch: Any, official: bool) -> Any:
+        return medmoe.forward(p, cfg, batch, official_aux=official)[1]["aux"]
+
+    aux = functools.partial(loss, p)
+    short, long = (on_device(small_models.batch(cfg, (1, 0), length=n)) for n in (12, 20))
+    np.testing.assert_allclose(aux(short, False), aux(long, False), rtol=1e-5)
+    assert np.abs(aux(short, True) - aux(long, True)).min() > 1e-3
+
+
 def test_noise_is_only_there_with_a_key() -> None:
     cfg = MODELS["phi"]
     p, batch = small_models.params(cfg), on_device(small_models.batch(cfg, (1, 0)))

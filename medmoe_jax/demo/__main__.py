@@ -137,10 +137,9 @@ class Demo:
         lines = []
         for row in json.loads((self.data / "test.json").read_text())[:SHOWN]:
             answer = said[row["id"]]
-            lines.append(
-                f"{row['image']}: {answer['prompt']}\n    answer: {answer['text']} "
-                f"({answer['metadata']['confidence']:.0%}); truth: {row['conversations'][1]['value']}"
-            )
+            truth, sure = row["conversations"][1]["value"], answer["metadata"]["confidence"]
+            lines.append(f"{row['image']}: {answer['prompt']}")
+            lines.append(f"    answer: {answer['text']} ({sure:.0%}); truth: {truth}")
         return "\n".join(lines)
 
     def _json(self, name: str) -> dict[str, Any]:

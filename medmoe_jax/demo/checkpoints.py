@@ -140,7 +140,7 @@ def make(
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--llm", choices=sorted(PRESET), default="phi")
     parser.add_argument("--seed", type=int, default=0)

@@ -68,7 +68,7 @@ def record(folder: Path, questions: Path, image_folder: Path, out: Path, rows: i
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--torch", type=Path, required=True, help="official-layout folder")
     parser.add_argument("--question-file", type=Path, required=True)
     parser.add_argument("--image-folder", type=Path, required=True)

@@ -66,7 +66,7 @@ def merge(
       dtype[B, T, D]; padding is zero.
     """
     chex.assert_equal_shape([tokens, image_pos, mask])
-    x = p["llm"]["embed"]["embedding"][tokens].astype(dtype)
+    x = jnp.asarray(p["llm"]["embed"]["embedding"])[tokens].astype(dtype)
     if image is not None:
         flat = image.reshape(image.shape[0], -1, image.shape[-1])
         here = jnp.take_along_axis(flat, jnp.maximum(image_pos, 0)[..., None], axis=1)

@@ -131,8 +131,11 @@ def experts_reference(p: Params, x: Array, routing: Routing) -> Array:
       [B, T, D] in the dtype of x.
     """
     weights = combine_weights(routing).astype(x.dtype)
-    outputs = jax.vmap(layers.mlp, in_axes=(0, None))(p, x)
-    return jnp.einsum("ebtd,bte->btd", outputs, weights)
+    y = jnp.zeros_like(x)
+    for e in range(weights.shape[-1]):
+        expert = jax.tree.map(lambda a, e=e: a[e], p)
+        y += weights[..., e, None] * layers.mlp(expert, x)
+    return y
 
 
 def moe_layer(
