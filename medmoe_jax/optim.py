@@ -97,9 +97,9 @@ def update(
     # multi_transform wants a whole tree; nothing reads these zeros, so the compiled step does not
     # hold them.
     whole = grads | {k: jnp.zeros_like(v) for k, v in frozen.items()}
+    updates: Any
     updates, state = tx.update(whole, state, train | frozen)
-    changes = {k: updates[k] for k in train}
-    return dict(optax.apply_updates(train, changes)), state
+    return {k: optax.apply_updates(v, updates[k]) for k, v in train.items()}, state
 
 
 def group_table(flat: Flat, label: dict[str, str]) -> str:

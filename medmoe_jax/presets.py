@@ -78,7 +78,7 @@ def shrink(config: RunConfig, lr: float, epochs: float, batch_size: int) -> RunC
         config,
         compute_dtype="float32",
         frozen_dtype="float32",
-        remat="none",
+        remat="dots",
         loss_chunk=0,
         data=dataclasses.replace(
             config.data, max_length=512, buckets=(96, 128, 160, 192, 256, 512)

@@ -37,8 +37,9 @@ def evaluate(
       dtype: of the computation.
 
     Returns:
-      n, accuracy (sample: argmax of the posterior over all layers and tokens), token_accuracy
-      (every token of every layer by itself), confusion [true][predicted] with its class names.
+      n, accuracy (of samples: argmax of the posterior over all layers and image tokens, or over
+      all tokens where there is no image), token_accuracy (every token of every layer by itself),
+      confusion [true][predicted] with its class names.
     """
     placed = jnp.asarray(mixture.layers(model.llm.layers))
 
@@ -47,7 +48,10 @@ def evaluate(
         _, reports = medmoe.forward(p, model, batch, dtype=dtype, probe=p["router"])
         logits, mask = reports["probe"][placed], batch["mask"]
         right = (logits.argmax(-1) == batch["modality"][None, :, None]) & mask[None]
-        return losses.posterior(logits, mask), right.sum((0, 2))
+        image = batch["image_pos"] >= 0
+        # Words say little about the modality, and those in front of the image nothing.
+        telling = jnp.where(image.any(-1, keepdims=True), image, mask)
+        return losses.posterior(logits, telling), right.sum((0, 2))
 
     n = max(mixture.experts, len(MODALITIES))
     confusion = np.zeros((n, n), int)

@@ -14,7 +14,6 @@ import dataclasses
 import json
 import math
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -30,8 +29,6 @@ from ml_collections import config_flags
 
 from medmoe_jax import checkpoint, optim, resume, router, sharding, step, upcycle
 from medmoe_jax.config import ConfigError, ModelConfig, RunConfig
-from medmoe_jax.convert.report import ConversionError
-from medmoe_jax.convert.to_jax import to_jax
 from medmoe_jax.data import check, images, pipeline, problems, sources, tokens
 from medmoe_jax.report import NotFinite, Reporter
 
@@ -63,7 +60,7 @@ def starting_point(cfg: RunConfig) -> tuple[dict[str, Any], checkpoint.ModelMeta
             )
         params = params | {"router": jax.device_get(router.fresh(model, mixture, cfg.seed))}
     elif mixture is not None and model.moe is None:
-        source = load_router(Path(cfg.router)) if cfg.router else params.get("router")
+        source = checkpoint.load_router(cfg.router) if cfg.router else params.get("router")
         if source is None:
             raise ConfigError(
                 f"{cfg.init} holds no router: start from the folder of the router phase, or set "
@@ -83,19 +80,6 @@ def starting_point(cfg: RunConfig) -> tuple[dict[str, Any], checkpoint.ModelMeta
     return params, dataclasses.replace(
         meta, stage=cfg.phase, model=model, history=[*meta.history, line]
     )
-
-
-def load_router(path: Path) -> dict[str, Any]:
-    """A router from a `.pth` file or from the model folder of a router phase."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = path
-        if path.is_file():
-            folder = Path(scratch) / "router"
-            to_jax(path, folder)
-        params, _ = checkpoint.load_model(folder)
-    if "router" not in params:
-        raise ConfigError(f"config.router: {path} holds no router; name the router phase's model")
-    return params["router"]
 
 
 def placed(
@@ -248,7 +232,6 @@ def main(_: list[str]) -> None:
         train(flags.FLAGS.config, Path(flags.FLAGS.workdir))
     except (
         ConfigError,
-        ConversionError,
         checkpoint.CheckpointError,
         problems.DataError,
         NotFinite,

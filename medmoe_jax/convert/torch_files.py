@@ -22,7 +22,7 @@ import numpy as np
 from medmoe_jax.convert.report import ConversionError, raise_all
 
 FLOATS = ("float32", "float16", "bfloat16")  # dtypes that parameters may have
-REOPEN_BYTES = 512 * 2**20  # read through a memory map before it is opened afresh
+REOPEN_BYTES = 128 * 2**20  # read through a memory map before it is opened afresh
 HEADER_LIMIT = 100 * 2**20  # bytes; the limit of the safetensors library too
 
 # safetensors' names; the sizes of dtypes that are never read are needed to check offsets

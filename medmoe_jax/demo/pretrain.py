@@ -92,7 +92,7 @@ def vision(
     tx = _adamw(lr, steps)
 
     def loss_fn(p: Any, x: Array, y: Array, where: Array, key: Array) -> tuple[Array, Array]:
-        features = clip.features(p["tower"], cfg, _jitter(x, key))
+        features = clip.features(p["tower"], cfg, _jitter(x, key), remat="dots")
         total, right, known = jnp.zeros(()), jnp.zeros(()), jnp.zeros(())
         for i, name in enumerate(names):
             logits = layers.linear(p["heads"][name], features)
@@ -155,7 +155,7 @@ def language(
         whole = {"llm": p}
         image_pos, mask = jnp.full_like(tokens, -1), jnp.ones_like(tokens, bool)
         inputs = {"tokens": tokens, "image_pos": image_pos, "mask": mask}
-        hidden, _ = medmoe.forward(whole, cfg, inputs)
+        hidden, _ = medmoe.forward(whole, cfg, inputs, remat="dots")
         total, counts = losses.answer_loss(hidden, lambda h: medmoe.logits(whole, h), tokens)
         return total.sum() / counts.sum()
 

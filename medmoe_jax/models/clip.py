@@ -52,7 +52,9 @@ def normalise(cfg: VisionConfig, images: Array, dtype: Any) -> Array:
     return ((images.astype(jnp.float32) / 255.0 - mean) / std).astype(dtype)
 
 
-def features(p: Params, cfg: VisionConfig, images: Array, dtype: Any = jnp.float32) -> Array:
+def features(
+    p: Params, cfg: VisionConfig, images: Array, dtype: Any = jnp.float32, remat: str = "none"
+) -> Array:
     """Patch features of images.
 
     Args:
@@ -60,6 +62,7 @@ def features(p: Params, cfg: VisionConfig, images: Array, dtype: Any = jnp.float
       cfg: sizes.
       images: uint8[M, H, W, 3] pixels, or floats already normalised; H = W = cfg.image_size.
       dtype: of the computation.
+      remat: what a backward pass recomputes, see `layers.remat` (no phase trains the tower).
 
     Returns:
       dtype[M, I, C], patches in row-major order.
@@ -86,7 +89,7 @@ def features(p: Params, cfg: VisionConfig, images: Array, dtype: Any = jnp.float
         return x + layers.linear(lp["fc2"], activation(layers.linear(lp["fc1"], h))), None
 
     used = jax.tree.map(lambda a: a[: cfg.layers_run], p["layers"])
-    x, _ = jax.lax.scan(block, x, used)
+    x, _ = jax.lax.scan(layers.remat(block, remat), x, used)
     return x[:, 1:]
 
 
