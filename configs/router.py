@@ -31,7 +31,7 @@ def get_config(size: str = "phi2") -> RunConfig:
         optim=OptimConfig(lr=1e-3, epochs=3.0, batch_size=16),
     )
     return (
-        presets.shrink(config, lr=1e-2, epochs=6.0, batch_size=32)
+        presets.shrink(config, lr=1e-2, epochs=3.0, batch_size=32)
         if presets.is_tiny(size)
         else config
     )

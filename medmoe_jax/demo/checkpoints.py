@@ -33,6 +33,7 @@ PRESET = {"phi": "tiny", "stablelm": "tiny_stablelm"}
 WORDS = 1000  # size of the tokenizer
 RENDER = 112  # pixels at which pretraining images are drawn
 CHUNK = 100  # images a worker draws at once
+STUDIES_READ = 800  # whose texts the tokenizer and the language model see
 
 
 def make_tokenizer(texts: Iterable[str], folder: Path) -> None:
@@ -124,7 +125,7 @@ def make(
     now = time.perf_counter()
     print(f"{out / 'clip'}: facts right {accuracy:.1%}, {now - started:.0f} s", flush=True)
 
-    texts = list(phantom.texts(seed, studies))
+    texts = list(phantom.texts(seed, STUDIES_READ))
     template = model.llm.family
     make_tokenizer(documents(template, texts), out / "tokenizer")
     tokenizer = tokens.load_tokenizer(out / "tokenizer", model.llm.family)

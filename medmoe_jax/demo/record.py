@@ -47,7 +47,7 @@ def record(folder: Path, questions: Path, image_folder: Path, out: Path, rows: i
         ]
     ).transpose(0, 3, 1, 2)
     inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels, "pixel_values": pixels}
-    inputs = {k: np.ascontiguousarray(v) for k, v in inputs.items()}
+    inputs["pixel_values"] = np.ascontiguousarray(inputs["pixel_values"])
     question = templates.prompt(family, samples[0].turns[0][1], images=len(samples[0].images))
     prompt = np.array([tokens.encode_prompt(question, tokenizer)], np.int64)
     first = inputs["pixel_values"][: len(samples[0].images)]
@@ -62,7 +62,7 @@ def record(folder: Path, questions: Path, image_folder: Path, out: Path, rows: i
         "gen.image.new_ids": new.numpy(),
         "gen.image.step_logits": logits.numpy(),
     }
-    save_file(inputs | {k: np.ascontiguousarray(v) for k, v in found.items()}, out)
+    save_file(inputs | {k: v.copy(order="C") for k, v in found.items()}, out)
     print(f"{out}: {len(samples)} questions through {folder}")
 
 

@@ -7,12 +7,13 @@ Pillow are needed. The images imitate what a modality looks like; they are no me
 no medicine. Start reading at `facts.py`.
 """
 
-from medmoe_jax.data.phantom.facts import Facts, Lesion, lesion_map
+from medmoe_jax.data.phantom.facts import QUADRANTS, Facts, Lesion, lesion_map
 from medmoe_jax.data.phantom.questions import Question, caption, questions
 from medmoe_jax.data.phantom.render import draw_facts, draw_image, generate
 from medmoe_jax.data.phantom.write import texts, write
 
 __all__ = [
+    "QUADRANTS",
     "Facts",
     "Lesion",
     "Question",

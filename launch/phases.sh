@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# All phases of training on one machine, one after the other. Resumes where it was when run again.
+#
+#   launch/phases.sh SIZE START DATA IMAGES WORKDIR
+#
+# SIZE     phi2 | stablelm | tiny | tiny_stablelm
+# START    model folder made by `python -m medmoe_jax.convert to-jax`
+# DATA     folder with alignment.json, instruct.json and train_all.json
+# IMAGES   folder that the image paths in them are relative to
+# WORKDIR  folder of the runs; the result is WORKDIR/stage3/model
+#
+# Other settings are changed in configs/, or by running a phase's command by hand with --config.NAME=VALUE.
+set -euo pipefail
+if [ $# -ne 5 ]; then
+  sed -n '2,13p' "$0" >&2
+  exit 2
+fi
+size=$1 start=$2 data=$3 images=$4 workdir=$5
+cd "$(dirname "$0")/.."
+
+phase() {  # NAME INIT FILE
+  python -m medmoe_jax.train --config "configs/$1.py:$size" --workdir "$workdir/$1" \
+    --config.init="$2" --config.data.files="('$data/$3',)" --config.data.image_folder="$images"
+}
+
+phase stage1 "$start" alignment.json
+phase stage2 "$workdir/stage1/model" instruct.json
+phase router "$workdir/stage2/model" instruct.json
+phase stage3 "$workdir/router/model" train_all.json
