@@ -70,7 +70,9 @@ def report(cfg: ModelConfig) -> str:
         total, active = (
             sum(column) - off for column, off in zip(zip(*rows, strict=True), less, strict=True)
         )
-        return f"{name:<24}{total:>16,}{active:>16,}   {total / 1e9:.2f}B / {active / 1e9:.2f}B"
+        unit, word = (1e9, "B") if total >= 1e8 else (1e6, "M")
+        short = f"{total / unit:.2f}{word} / {active / unit:.2f}{word}"
+        return f"{name:<24}{total:>16,}{active:>16,}   {short}"
 
     lines += ["-" * 56, line("all", list(parts.values())), line("language model", language)]
     if cfg.moe:

@@ -50,7 +50,7 @@ def test_pretraining_learns():
         vision, pictures, {"white": label}, patches, steps=30, batch=16
     )
     assert accuracy > 0.95 and tower["position_embedding"].shape == (5, 16)
-    llm = LlmConfig(vocab=12, width=16, layers=2, ffn=32, heads=2, kv_heads=2)
+    llm = LlmConfig(vocab=12, width=16, layers=2, ffn=32, heads=2, kv_heads=2, rotary_fraction=0.5)
     model = ModelConfig(vision, llm)
     counting = [list(range(12))] * 20
     _, loss = pretrain.language(model, counting, steps=80, length=12, lr=1e-2)
