@@ -34,7 +34,7 @@ def get_config(size: str = "phi2") -> RunConfig:
         optim=OptimConfig(lr=2e-5, epochs=9.0, batch_size=16),
     )
     return (
-        presets.shrink(config, lr=1e-3, epochs=1.5, batch_size=16)
+        presets.shrink(config, lr=1e-3, epochs=1.0, batch_size=16)
         if presets.is_tiny(size)
         else config
     )

@@ -9,22 +9,40 @@ import numpy as np
 import pytest
 
 from medmoe_jax.config import LlmConfig, ModelConfig, VisionConfig
-from medmoe_jax.data import phantom, tokens
+from medmoe_jax.data import phantom, templates, tokens
 from medmoe_jax.demo import checkpoints, pretrain
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_tokenizer_is_one_of_both_families(tmp_path: Path):
-    texts = checkpoints.documents("phi", list(phantom.texts(0, 20)))
-    assert any("ASSISTANT: " in text for text in texts)
-    assert all(text.endswith("<|endoftext|>") for text in texts)
-    checkpoints.make_tokenizer(texts, tmp_path)
-    for family in ("phi", "stablelm"):
-        tokenizer = tokens.load_tokenizer(tmp_path, family)
-        assert len(tokenizer) <= LlmConfig().vocab
-        for text in texts[:20]:
-            assert tokenizer.decode(tokenizer(text).input_ids) == text
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    texts = phantom.texts(0, 20)
+    checkpoints.make_tokenizer((templates.prompt("phi", t, images=0) for t in texts), folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", ["phi", "stablelm"])
+def test_tokenizer_is_one_of_both_families(vocabulary: Path, family: str):
+    tokenizer = tokens.load_tokenizer(vocabulary, family)
+    assert len(tokenizer) <= LlmConfig().vocab
+    for text in [*phantom.texts(0, 5)][:40]:
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert len(tokenizer(" ASSISTANT").input_ids) == 1
+
+
+def test_readings_weigh_answers(vocabulary: Path):
+    tokenizer = tokens.load_tokenizer(vocabulary, "phi")
+    ids, weights = checkpoints.readings(0, 30, "phi", tokenizer)
+    assert ids.shape == weights.shape and ids.shape[1] == checkpoints.LENGTH
+    read = phantom.readings(0, 30, checkpoints.ROUNDS)
+    for row, weight, rounds in zip(ids, weights, read, strict=True):
+        text = tokenizer.decode(row[weight > 0])
+        assert text.startswith(f"USER: {rounds[0][0]} ASSISTANT: {rounds[0][1]}<|endoftext|>")
+        learnt = tokenizer.decode(row[weight == checkpoints.ANSWER_WEIGHT])
+        whole = "".join(f" {answer}<|endoftext|>" for _, answer in rounds)
+        assert whole.startswith(learnt) and len(learnt) > len(whole) / 3
 
 
 def test_patch_classes_say_size_and_quadrant():
@@ -52,8 +70,8 @@ def test_pretraining_learns():
     assert accuracy > 0.95 and tower["position_embedding"].shape == (5, 16)
     llm = LlmConfig(vocab=12, width=16, layers=2, ffn=32, heads=2, kv_heads=2, rotary_fraction=0.5)
     model = ModelConfig(vision, llm)
-    counting = [list(range(12))] * 20
-    _, loss = pretrain.language(model, counting, steps=80, length=12, lr=1e-2)
+    counting = np.tile(np.arange(12, dtype=np.int32), (20, 1))
+    _, loss = pretrain.language(model, counting, np.ones((20, 12)), steps=80, lr=1e-2)
     assert loss < 0.5 * np.log(12)
 
 

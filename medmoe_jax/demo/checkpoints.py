@@ -33,7 +33,11 @@ PRESET = {"phi": "tiny", "stablelm": "tiny_stablelm"}
 WORDS = 1000  # size of the tokenizer
 RENDER = 112  # pixels at which pretraining images are drawn
 CHUNK = 100  # images a worker draws at once
-STUDIES_READ = 800  # whose texts the tokenizer and the language model see
+STUDIES_NAMED = 800  # whose texts make the tokenizer
+STUDIES_READ = 10000  # whose reports the language model reads
+ROUNDS = 8  # questions about a report
+LENGTH = 136  # tokens of a reading; what is longer is cut
+ANSWER_WEIGHT = 5.0  # of an answer's token in the loss, against one of the report or a question
 
 
 def make_tokenizer(texts: Iterable[str], folder: Path) -> None:
@@ -60,17 +64,22 @@ def make_tokenizer(texts: Iterable[str], folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-def documents(template: str, texts: list[str]) -> list[str]:
-    """Each text as the language model will meet it: as a caption, or as question and answer."""
-    found = []
-    for text in texts:
-        question, mark, answer = text.partition("? ")
-        if mark:
-            turns = ((templates.HUMAN, question + "?"), (templates.GPT, answer))
-            found.append("".join(s.text for s in templates.render(template, turns)))
-        else:
-            found.append(text + templates.END)
-    return found
+def readings(seed: int, n: int, template: str, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+    """i32[N, LENGTH] and f32[N, LENGTH]: reports of `n` studies (N <= n have questions) with
+    questions and answers, and the weight of each token in the loss."""
+    conversations = list(phantom.readings(seed, n, ROUNDS))
+    ids = np.zeros((len(conversations), LENGTH), np.int32)
+    weights = np.zeros(ids.shape, np.float32)
+    for row, rounds in enumerate(conversations):
+        pairs = [((templates.HUMAN, asked), (templates.GPT, said)) for asked, said in rounds]
+        spans = templates.render(template, [turn for pair in pairs for turn in pair])
+        # The system message is the same everywhere: the model meets it in stage 2.
+        encoded = tokens.encode(spans[1:], tokenizer)
+        size = min(len(encoded.ids), LENGTH)
+        ids[row, :size] = encoded.ids[:size]
+        learnt = np.array(encoded.labels[:size]) != tokens.IGNORE
+        weights[row, :size] = np.where(learnt, ANSWER_WEIGHT, 1.0)
+    return ids, weights
 
 
 def patch_classes(facts: phantom.Facts, side: int) -> np.ndarray:
@@ -125,12 +134,12 @@ def make(
     now = time.perf_counter()
     print(f"{out / 'clip'}: facts right {accuracy:.1%}, {now - started:.0f} s", flush=True)
 
-    texts = list(phantom.texts(seed, STUDIES_READ))
     template = model.llm.family
-    make_tokenizer(documents(template, texts), out / "tokenizer")
+    named = phantom.texts(seed, STUDIES_NAMED)
+    make_tokenizer((templates.prompt(template, t, images=0) for t in named), out / "tokenizer")
     tokenizer = tokens.load_tokenizer(out / "tokenizer", model.llm.family)
-    ids = [tokenizer(text).input_ids for text in documents(template, texts)]
-    weights, loss = pretrain.language(model, ids, steps=language_steps, seed=seed)
+    ids, weight = readings(seed, STUDIES_READ, template, tokenizer)
+    weights, loss = pretrain.language(model, ids, weight, steps=language_steps, seed=seed)
     write_part("llm", weights, model, out / "llm")
     for file in (out / "tokenizer").iterdir():
         file.rename(out / "llm" / file.name)
@@ -147,7 +156,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--studies", type=int, default=4000, help="pretraining images, hundreds")
     parser.add_argument("--vision-steps", type=int, default=2000)
-    parser.add_argument("--language-steps", type=int, default=200)
+    parser.add_argument("--language-steps", type=int, default=1000)
     args = parser.parse_args()
     make(args.out, args.llm, args.seed, args.studies, args.vision_steps, args.language_steps)
 

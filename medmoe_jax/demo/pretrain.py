@@ -2,8 +2,8 @@
 real one starts.
 
 CLIP has seen millions of captioned images and Phi-2 a library of text. Here the tower learns the
-facts of phantom images (which no later phase shows it again) and the language model the wording of
-reports, without images.
+facts of phantom images (which no later phase shows it again) and the language model to answer
+questions about a report that it reads, without images.
 """
 
 from __future__ import annotations
@@ -129,46 +129,45 @@ def vision(
 
 def language(
     cfg: ModelConfig,
-    documents: list[list[int]],
+    tokens: np.ndarray,
+    weights: np.ndarray,
     *,
     steps: int,
-    length: int = 96,
     batch: int = 16,
     lr: float = 2e-3,
     seed: int = 0,
 ) -> tuple[dict[str, Any], float]:
-    """Trains a dense language model on token ids, next-token loss.
+    """Trains a dense language model on token ids, weighted next-token loss.
 
     Args:
       cfg: shapes; the vision part is not used.
-      documents: lists of ids, each ended by EOS; they are joined and cut into rows.
-      steps, length, batch, lr, seed: of the training; `length` tokens a row.
+      tokens: i32[N, T], a document a row.
+      weights: f32[N, T] of each token in the loss, 0 for padding.
+      steps, batch, lr, seed: of the training.
 
     Returns:
       Parameters of the language model (f32) and the mean loss over the last tenth of the steps.
     """
-    stream = np.concatenate([np.asarray(d, np.int32) for d in documents])
     p = layers.initialise(jax.random.key(seed), medmoe.leaves(cfg)["llm"])
     tx = _adamw(lr, steps)
 
-    def loss_fn(p: Any, tokens: Array) -> Array:
+    def loss_fn(p: Any, x: Array, weight: Array) -> Array:
         whole = {"llm": p}
-        image_pos, mask = jnp.full_like(tokens, -1), jnp.ones_like(tokens, bool)
-        inputs = {"tokens": tokens, "image_pos": image_pos, "mask": mask}
+        inputs = {"tokens": x, "image_pos": jnp.full_like(x, -1), "mask": weight > 0}
         hidden, _ = medmoe.forward(whole, cfg, inputs, remat="dots")
-        total, counts = losses.answer_loss(hidden, lambda h: medmoe.logits(whole, h), tokens)
-        return total.sum() / counts.sum()
+        logits = medmoe.logits(whole, hidden[:, :-1])
+        return (losses.cross_entropy(logits, x[:, 1:])[0] * weight[:, 1:]).sum() / weight.sum()
 
     @partial(jax.jit, donate_argnums=(0, 1))
-    def step(p: Any, opt: Any, tokens: Array) -> tuple[Any, Any, Array]:
-        loss, grads = jax.value_and_grad(loss_fn)(p, tokens)
+    def step(p: Any, opt: Any, x: Array, weight: Array) -> tuple[Any, Any, Array]:
+        loss, grads = jax.value_and_grad(loss_fn)(p, x, weight)
         updates, opt = tx.update(grads, opt, p)
         return optax.apply_updates(p, updates), opt, loss
 
     opt, history = tx.init(p), []
     rng = np.random.default_rng(seed)
     for _ in range(steps):
-        starts = rng.integers(len(stream) - length, size=batch)
-        p, opt, loss = step(p, opt, stream[starts[:, None] + np.arange(length)])
+        rows = rng.integers(len(tokens), size=batch)
+        p, opt, loss = step(p, opt, tokens[rows], weights[rows])
         history.append(loss)
     return jax.device_get(p), float(np.mean(history[-max(steps // 10, 1) :]))

@@ -15,11 +15,13 @@ import numpy as np
 from PIL import Image
 
 from medmoe_jax.data.phantom import rows
+from medmoe_jax.data.phantom.balance import select
 from medmoe_jax.data.phantom.questions import CAPTION_PROMPTS, caption, questions
 from medmoe_jax.data.phantom.render import SPLITS, draw_facts, draw_image
 
 CHUNK = 40  # images a task of the process pool
 FEWEST = 8  # images of a part: two of every modality
+UNSEEN = "pretrain"  # studies that are in no file
 
 README = """# Phantom studies
 
@@ -155,11 +157,28 @@ def texts(seed: int, n: int) -> Iterator[str]:
     Meant for training a tokenizer or a small language model; needs no rendering.
     """
     yield from CAPTION_PROMPTS
-    studies = [draw_facts(seed, "pretrain", index) for index in range(n)]
+    studies = [draw_facts(seed, UNSEEN, index) for index in range(n)]
     for facts in studies:
         yield caption(facts)
         for question in questions(facts):
             yield f"{question.text} {question.answer}"
-    for row in rows.classify("pretrain", studies, np.random.default_rng(seed)):
+    for row in rows.classify(UNSEEN, studies, np.random.default_rng(seed)):
         prompt, answer = (turn["value"] for turn in row["conversations"])
         yield f"{prompt.removeprefix('<image>').lstrip()} {answer}"
+
+
+def readings(seed: int, n: int, rounds: int) -> Iterator[list[tuple[str, str]]]:
+    """Conversations about the captions of `n` studies that are in no file: about `rounds` questions
+    with their answers, balanced, the caption before the first of them.
+
+    Meant for training a small language model to read; needs no rendering.
+    """
+    studies = [draw_facts(seed, UNSEEN, index) for index in range(n)]
+    rng = np.random.default_rng([seed, n, rounds])
+    for facts, chosen in zip(
+        studies, select([questions(f) for f in studies], n * rounds, rng), strict=True
+    ):
+        turns = [(question.text, question.answer) for question in chosen]
+        if turns:
+            turns[0] = (f"{caption(facts)}\n{turns[0][0]}", turns[0][1])
+            yield turns
