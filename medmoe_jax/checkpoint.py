@@ -95,9 +95,9 @@ def save_model(
     """Writes a model folder; returns when it is on disk.
 
     A model folder of this format at the same place is replaced. The extra memory is a few hundred
-    MiB however large
-    the leaves are: they are written in chunks of `CHUNK_BYTES`, straight from `params`. (OCDBT,
-    Orbax's one-file layout, is not used because it gathers the whole checkpoint in memory first.)
+    MiB however large the leaves are: they are written in chunks of `CHUNK_BYTES`, straight from
+    `params`. (OCDBT, Orbax's one-file layout, is not used because it gathers the whole checkpoint
+    in memory first.)
 
     Args:
       folder: where to write.
@@ -111,7 +111,7 @@ def save_model(
     """
     folder = Path(folder).absolute()
     config_file = folder / "config.json"
-    if config_file.exists() and _read_json(config_file).get("format") != FORMAT:
+    if config_file.exists() and read_json(config_file).get("format") != FORMAT:
         raise CheckpointError(
             f"{config_file} belongs to something else than a {FORMAT} model folder; write to "
             "another folder, or remove this one first"
@@ -156,7 +156,7 @@ def read_meta(folder: str | os.PathLike[str]) -> ModelMeta:
             f"{config_file} does not exist: {folder} is not a model folder, or its writing was "
             "interrupted; make one with `python -m medmoe_jax.convert to-jax`"
         )
-    data = _read_json(config_file)
+    data = read_json(config_file)
     if data.get("format") != FORMAT:
         raise CheckpointError(
             f"{config_file} is not of a {FORMAT} model folder (no format: {FORMAT}); a PyTorch "
@@ -275,14 +275,14 @@ def load_router(path: str | os.PathLike[str]) -> dict[str, Any]:
     return router
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises CheckpointError where it is none."""
+def read_json(path: Path, fault: type[ValueError] = CheckpointError) -> dict[str, Any]:
+    """The JSON object in a file. Raises `fault` where there is none."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); restore the file") from error
+        raise fault(f"{path}: cannot be read as JSON ({error}); get the file again") from error
     if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds no JSON object; restore the file")
+        raise fault(f"{path}: holds no JSON object; get the file again")
     return data
 
 

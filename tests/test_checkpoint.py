@@ -119,7 +119,7 @@ def test_another_programs_folder_is_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "not valid JSON"),
+        ("{", "cannot be read as JSON"),
         ("[]", "no JSON object"),
         ('{"format": "medmoe_jax", "version": 2}', "version 2"),
         ('{"format": "medmoe_jax", "version": 1}', "stage"),

@@ -72,6 +72,8 @@ def test_experts_added_to_a_dense_model() -> None:
     assert config["moe"]["moe_enable"] and config["moe"]["top_k_experts"] == 2
     assert config["moe"]["router_aux_loss_coef"] == 0.5
     assert config["moe"]["train_modules"] == ["fc1", "fc2", "wg"]
+    old = official(presets.model("tiny", MoeConfig()), stored | {"rope_scaling": None})
+    assert "rope_scaling" not in old  # transformers 5 warns where it is
 
 
 def test_changed_mixture_keeps_what_it_does_not_know() -> None:

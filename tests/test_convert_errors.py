@@ -181,8 +181,12 @@ def test_aliases_must_be_equal(tmp_path: Path) -> None:
         ({"vocab_size": None}, "'vocab_size'"),
         ({"num_attention_heads": 5}, "heads 5"),
         ({"image_projector_type": "qformer4_36"}, "qformer4_36"),
-        ({"moe": {"moe_enable": True, "num_experts": [3, 4]}}, "num_experts is [3, 4]"),
-        ({"moe": {"moe_enable": True}}, "num_experts is [None]"),
+        (
+            {"moe": {"moe_enable": True, "num_experts": [3, 4]}},
+            "moe.num_experts is [3, 4]: layers with different numbers of experts cannot be "
+            "converted, since their weights are stacked; use a checkpoint",
+        ),
+        ({"moe": {"moe_enable": True}}, "moe.num_experts is [None], not a whole number"),
         (
             {"moe": {"moe_enable": True, "num_experts": [2], "moe_layers_idx": [7]}},
             "placement '7'",

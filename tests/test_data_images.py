@@ -119,6 +119,8 @@ def test_spellings_of_the_preprocessor_config(tmp_path: Path) -> None:
     file.write_text(json.dumps(today | {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}))
     spec = images.read_image_spec(file, "square")
     assert (spec.mean, spec.std) == ((0.5,) * 3, (0.25,) * 3)
+    file.write_text(json.dumps(today | {"image_mean": None, "image_std": None}))
+    assert images.read_image_spec(file, "pad") == ImageSpec(24, 20, "pad")
     for wrong, text in (
         ({"size": 24}, "no CLIP preprocessor_config"),
         ({"size": {"height": 2, "width": 2}, "crop_size": 2}, "no CLIP preprocessor_config"),

@@ -240,6 +240,32 @@ def test_skipped_rows_are_blank_and_counted_once(
     assert "'i3.png' is not in" in batches.problems[0].reason
 
 
+def test_resumed_run_knows_the_rows_skipped_before(
+    samples: list[Sample], cfg: DataConfig, tokenizer: Any
+) -> None:
+    """Wherever it was stopped: those before the saved place once, later ones found anew."""
+    (Path(cfg.image_folder) / "i3.png").unlink()
+    (Path(cfg.image_folder) / "i4.png").write_bytes(b"broken")
+    cfg = dataclasses.replace(cfg, on_error="skip")
+
+    def make() -> Batches:
+        return build(samples, tokenizer, SPEC, PATCHES, cfg, 2, 5, train=False)
+
+    whole = make()
+    take(whole, None)
+    assert [problem.id for problem in whole.problems] == ["r3", "r4"]
+    for stop, found in ((0, []), (1, []), (2, ["r3"]), (3, ["r3", "r4"]), (4, ["r3", "r4"])):
+        first = make()
+        take(first, stop)
+        second = make()
+        second.set_state(json.loads(json.dumps(first.get_state())))
+        assert [problem.id for problem in second.problems] == found
+        take(second, None)
+        assert second.problems == whole.problems
+    second.set_state(make().get_state())
+    assert not second.problems
+
+
 def test_training_leaves_out_batches_without_any_row(
     samples: list[Sample], cfg: DataConfig, tokenizer: Any
 ) -> None:

@@ -9,7 +9,6 @@ must agree within a tolerance; masks, labels, router choices and generated ids m
 from __future__ import annotations
 
 import argparse
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,12 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from medmoe_jax import generate, losses
-from medmoe_jax.checkpoint import FORMAT, load_model
+from medmoe_jax import generate, losses, sampling
+from medmoe_jax.checkpoint import load_model
 from medmoe_jax.config import ModelConfig
 from medmoe_jax.convert.comparison import GENERATED, RESULTS, Result, compare
-from medmoe_jax.convert.configs import read_json
+from medmoe_jax.convert.folder import model_folder
 from medmoe_jax.convert.report import ConversionError
-from medmoe_jax.convert.to_jax import to_jax
 from medmoe_jax.data import merge
 from medmoe_jax.data.problems import DataError
 from medmoe_jax.data.tokens import IMAGE_ID
@@ -78,13 +76,8 @@ def read(src: str | Path, vision: str | Path | None = None) -> tuple[dict[str, A
       ConversionError: not a whole Med-MoE model.
       CheckpointError: a model folder that is not complete.
     """
-    src = Path(src)
-    if (src / "config.json").is_file() and read_json(src / "config.json").get("format") == FORMAT:
-        params, meta = load_model(src)
-    else:
-        with tempfile.TemporaryDirectory() as temporary:
-            to_jax(src, Path(temporary) / "model", vision=vision)
-            params, meta = load_model(Path(temporary) / "model")
+    with model_folder(src, vision) as folder:
+        params, meta = load_model(folder)
     absent = [part for part in ("vision", "projector", "llm") if part not in params]
     if absent:
         raise ConversionError(
@@ -208,11 +201,24 @@ def generations(params: dict[str, Any], cfg: ModelConfig, io: Arrays, where: str
     batch = generate.left_padded(_prompts(cfg, io, kinds, where))
     arrays = {key: batch[key] for key in ("tokens", "image_pos", "mask", "images")}
 
+    ready = generate.for_generation(params, cfg)
+    settings = sampling.knobs(sampling.Sampling(), [0] * len(kinds))
+
     def greedy(eos: int) -> dict[str, Any]:
         stop, dtype = jnp.int32(eos), jnp.float32
-        done = generate.greedy(
-            params, cfg, arrays, stop, max_new=longest, dtype=dtype, keep_logits=True
+        state, _ = generate.read(ready, cfg, arrays, dtype=dtype, room=longest)
+        found = generate.answers(
+            ready,
+            cfg,
+            state,
+            stop,
+            settings,
+            max_new=longest,
+            every=longest,
+            dtype=dtype,
+            keep_logits=True,
         )
+        *_, (_, done) = found
         return jax.device_get(done)._asdict()
 
     got: Arrays = {}

@@ -9,7 +9,6 @@ MoELLaVAPhiConfig and their StableLM twins.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Collection
@@ -33,17 +32,6 @@ OFFICIAL_TYPES = {
     "moe_llava_stablelm": "stablelm",
 }
 CLIP_TYPES = ("clip", "clip_vision_model")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises ConversionError where there is none."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"{path}: cannot be read ({error}); get the file again") from error
-    if not isinstance(data, dict):
-        raise ConversionError(f"{path}: holds no JSON object; get the file again")
-    return data
 
 
 def family(config: dict[str, Any], where: Path) -> str:
@@ -107,7 +95,7 @@ def read_llm(config: dict[str, Any], keys: Collection[str], where: Path) -> LlmC
 
 
 def read_vision(config: dict[str, Any], where: Path, select_layer: int = -2) -> VisionConfig:
-    """Shapes of a CLIP vision tower.
+    """Shapes of a CLIP vision tower; what it takes as mean and deviation of an image is not there.
 
     Args:
       config: `config.json` of a CLIP model or of its vision tower alone. Fields that transformers
@@ -147,6 +135,33 @@ def read_vision(config: dict[str, Any], where: Path, select_layer: int = -2) -> 
     return vision
 
 
+def read_mean_std(
+    settings: dict[str, Any], where: Path
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel, of pixels in 0..1; CLIP's where they are absent.
+
+    Args:
+      settings: `preprocessor_config.json` of the vision tower.
+      where: the file, for messages.
+
+    Raises:
+      ConversionError: not three numbers each, or a deviation that is not positive.
+
+    Source: CLIPImageProcessor of transformers.
+    """
+    mean = settings.get("image_mean") or list(VisionConfig.mean)
+    std = settings.get("image_std") or list(VisionConfig.std)
+    for name, value in (("image_mean", mean), ("image_std", std)):
+        three = isinstance(value, list) and len(value) == 3
+        numbers = three and all(isinstance(v, (int, float)) for v in value)
+        if not numbers or (name == "image_std" and min(value) <= 0):
+            raise ConversionError(
+                f"{where}: {name} {value!r} is not three numbers, of a deviation above zero; get "
+                "the vision tower's own file"
+            )
+    return tuple(map(float, mean)), tuple(map(float, std))
+
+
 def read_moe(
     config: dict[str, Any], layers: int, keys: Collection[str], where: Path
 ) -> MoeConfig | None:
@@ -162,11 +177,18 @@ def read_moe(
     moe = config.get("moe") or {}
     if not moe.get("moe_enable", str(config.get("model_type")).startswith("moe_")):
         return None
-    counts = moe.get("num_experts")
-    counts = list(counts) if isinstance(counts, list) else [counts]
-    if len(set(counts)) != 1 or not isinstance(counts[0], int):
+    given = moe.get("num_experts")
+    counts: list[Any] = given if isinstance(given, list) else [given]
+    if not counts or not all(isinstance(count, int) for count in counts):
         raise ConversionError(
-            f"{where}: moe.num_experts is {counts}; the same number in every MoE layer is needed"
+            f"{where}: moe.num_experts is {counts}, not a whole number for each MoE layer; get the "
+            "model's own config.json"
+        )
+    if len(set(counts)) != 1:
+        raise ConversionError(
+            f"{where}: moe.num_experts is {counts}: layers with different numbers of experts "
+            "cannot be converted, since their weights are stacked; use a checkpoint that has the "
+            "same number in every MoE layer"
         )
     indices, mode = moe.get("moe_layers_idx"), moe.get("moe_mode")
     placement = str(mode)

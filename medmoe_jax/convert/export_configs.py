@@ -7,6 +7,7 @@ otherwise it is the start, and what changed is put over it.
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,11 @@ from medmoe_jax.convert.report import ConversionError
 
 # fields of other releases, or of code on a hub, which would contradict the ones that are written
 _DROPPED = (
-    *("rope_parameters", "dtype", "auto_map"),
+    *("rope_parameters", "rope_scaling", "dtype", "auto_map"),
     *("n_embd", "n_head", "n_head_kv", "n_layer", "n_inner", "n_positions", "rotary_dim"),
     *("layer_norm_epsilon", "activation_function", "flash_attn", "flash_rotary", "fused_dense"),
 )
 _MULTIMODAL = ("mm_", "video_", "image_", "use_mm_", "tune_mm_", "freeze_mm_", "moe", "tokenizer_")
-_NORM_MEAN = [0.48145466, 0.4578275, 0.40821073]  # CLIP's
-_NORM_STD = [0.26862954, 0.26130258, 0.27577711]
 
 
 def official_config(
@@ -108,7 +107,7 @@ def clip_config(meta: ModelMeta, dtype: str) -> dict[str, Any]:
 
 
 def preprocessor_config(vision: VisionConfig) -> dict[str, Any]:
-    """`preprocessor_config.json` with CLIP's settings at the tower's image size."""
+    """`preprocessor_config.json`: CLIP's steps, at the tower's image size, mean and deviation."""
     size = vision.image_size
     return {
         "crop_size": {"height": size, "width": size},
@@ -117,9 +116,9 @@ def preprocessor_config(vision: VisionConfig) -> dict[str, Any]:
         "do_normalize": True,
         "do_rescale": True,
         "do_resize": True,
-        "image_mean": _NORM_MEAN,
+        "image_mean": list(vision.mean),
         "image_processor_type": "CLIPImageProcessor",
-        "image_std": _NORM_STD,
+        "image_std": list(vision.std),
         "resample": 3,
         "rescale_factor": 1 / 255,
         "size": {"shortest_edge": size},
@@ -141,9 +140,10 @@ def _describes_llm(stored: dict[str, Any], llm: LlmConfig, keys: Collection[str]
 def _describes_vision(stored: dict[str, Any], vision: VisionConfig) -> bool:
     """Whether a stored configuration still gives the vision tower's shapes."""
     try:
-        return read_vision(stored, Path("config.json"), vision.select_layer) == vision
+        shapes = read_vision(stored, Path("config.json"), vision.select_layer)
     except ConversionError:
         return False
+    return replace(shapes, mean=vision.mean, std=vision.std) == vision  # those are in another file
 
 
 def _describes(stored: dict[str, Any], model: ModelConfig, keys: Collection[str]) -> bool:
@@ -184,13 +184,12 @@ def _common(llm: LlmConfig) -> dict[str, Any]:
 
 
 def _phi(llm: LlmConfig) -> dict[str, Any]:
-    """Fields of PhiConfig."""
+    """Fields of PhiConfig. Its `rope_scaling`, None, is left out: transformers 5 warns of it."""
     return _common(llm) | {
         "hidden_act": "gelu_new",
         "layer_norm_eps": llm.norm_eps,
         "partial_rotary_factor": llm.rotary_fraction,
         "qk_layernorm": False,
-        "rope_scaling": None,
     }
 
 

@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass, field, replace
 
 from medmoe_jax.config import ConfigError, LlmConfig, ModelConfig, VisionConfig
-from medmoe_jax.convert.configs import projector_name, read_llm, read_moe, read_vision
+from medmoe_jax.convert.configs import projector_name, read_llm, read_moe
 from medmoe_jax.convert.pieces import Piece, collect, leave_out
 from medmoe_jax.convert.report import ConversionError, Report, raise_all
-from medmoe_jax.convert.sources import PROJECTOR_FILE, Sources
+from medmoe_jax.convert.sources import PROJECTOR_FILE, Sources, read_tower
 from medmoe_jax.convert.table import PARTS, PROJECTOR, TOWER, Row, router_table, table
 from medmoe_jax.convert.torch_files import FLOATS, Weights
 
@@ -72,7 +72,7 @@ def _plan_part(sources: Sources, report: Report) -> Plan:
     assert folder and folder.weights
     pieces = collect(folder.weights, report)
     if sources.kind == "clip":
-        model = ModelConfig(vision=read_vision(folder.config, folder.config_file))
+        model = ModelConfig(vision=read_tower(folder))
         return Plan("base", model, table(model, ["vision"]), pieces, external=True)
     model = ModelConfig(llm=read_llm(folder.config, pieces, folder.config_file))
     return Plan("base", model, table(model, ["llm"]), pieces)
@@ -137,7 +137,7 @@ def _place_vision(
             del pieces[key]
         pieces |= collect(folder.weights, report)
         report.notes.append(f"vision tower: {folder.path}")
-        return read_vision(folder.config, folder.config_file, select)
+        return read_tower(folder, select)
     named = config.get("mm_image_tower")
     if not tower:
         raise ConversionError(
@@ -149,7 +149,7 @@ def _place_vision(
         "folder here (the official code would refuse; --vision gives another)"
     )
     if folder:
-        return read_vision(folder.config, folder.config_file, select)
+        return read_tower(folder, select)
     return _infer_vision(tower, select, report)
 
 

@@ -7,11 +7,19 @@ command line.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from medmoe_jax.convert.configs import CLIP_TYPES, PLAIN_TYPES, family, read_json
+from medmoe_jax.checkpoint import FORMAT, read_json
+from medmoe_jax.config import VisionConfig
+from medmoe_jax.convert.configs import (
+    CLIP_TYPES,
+    PLAIN_TYPES,
+    family,
+    read_mean_std,
+    read_vision,
+)
 from medmoe_jax.convert.report import ConversionError, raise_all
 from medmoe_jax.convert.torch_files import Weights, open_weights
 
@@ -130,7 +138,36 @@ def open_folder(path: Path) -> Folder:
         raise ConversionError(
             f"{path}: {what}; a checkpoint folder holds config.json beside its weights"
         )
-    return Folder(path, read_json(path / "config.json"), open_weights(path))
+    return Folder(path, read_json(path / "config.json", ConversionError), open_weights(path))
+
+
+def read_tower(folder: Folder, select_layer: int = -2) -> VisionConfig:
+    """Shapes of the vision tower that a CLIP folder describes, and how it wants its images.
+
+    Args:
+      folder: with or without weights.
+      select_layer: hidden state that the language model sees.
+
+    Raises:
+      ConversionError: as `configs.read_vision` and `configs.read_mean_std`.
+    """
+    vision = read_vision(folder.config, folder.config_file, select_layer)
+    mean, std = read_mean_std(*image_settings(folder.path))
+    return replace(vision, mean=mean, std=std)
+
+
+def image_settings(folder: Path) -> tuple[dict[str, Any], Path]:
+    """The image settings in a CLIP folder, {} where there are none, and the file they are in.
+
+    Raises ConversionError where the file is no JSON object.
+    """
+    file = folder / "preprocessor_config.json"
+    if file.is_file():
+        return read_json(file, ConversionError), file
+    file = folder / "processor_config.json"  # newer releases keep them inside this one
+    if file.is_file():
+        return read_json(file, ConversionError).get("image_processor") or {}, file
+    return {}, file
 
 
 def named_tower(source: Folder) -> Path | None:
@@ -148,7 +185,7 @@ def named_tower(source: Folder) -> Path | None:
 def _kind(source: Folder) -> str:
     """What the folder SRC is."""
     model_type = source.config.get("model_type")
-    if source.config.get("format") == "medmoe_jax":
+    if source.config.get("format") == FORMAT:
         raise ConversionError(f"{source.path}: is a model folder of this project already")
     if model_type in CLIP_TYPES:
         if source.weights is None:

@@ -16,11 +16,10 @@ import numpy as np
 
 from medmoe_jax.checkpoint import ModelMeta, save_model
 from medmoe_jax.config import LlmConfig
-from medmoe_jax.convert.configs import read_json
 from medmoe_jax.convert.pieces import Piece, source_order
 from medmoe_jax.convert.plan import Plan, make_plan
 from medmoe_jax.convert.report import ConversionError, Report, raise_all
-from medmoe_jax.convert.sources import Sources, find_sources, tokenizer_files
+from medmoe_jax.convert.sources import Sources, find_sources, image_settings, tokenizer_files
 from medmoe_jax.convert.table import TOWER, Row, count_parameters, leaf_shapes
 from medmoe_jax.convert.torch_files import numpy_dtype
 
@@ -242,11 +241,10 @@ def _copy_assets(sources: Sources, dst: Path, report: Report) -> None:
 
 
 def _copy_preprocessor(clip: Path, dst: Path) -> None:
-    """Copies CLIP's image settings, which newer releases keep inside `processor_config.json`."""
+    """Copies CLIP's image settings, where there are any."""
+    settings, file = image_settings(clip)
     target = dst / "preprocessor_config.json"
-    if (clip / "preprocessor_config.json").is_file():
-        shutil.copyfile(clip / "preprocessor_config.json", target)
-    elif (clip / "processor_config.json").is_file():
-        settings = read_json(clip / "processor_config.json").get("image_processor")
-        if settings:
-            target.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    if file.name == target.name:
+        shutil.copyfile(file, target)
+    elif settings:
+        target.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -25,10 +25,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from medmoe_jax.config import VisionConfig
 from medmoe_jax.data.problems import DataError
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of pixels in 0..1, R G B
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 WHITE = (255, 255, 255)
 MAX_PIXELS = 89_478_485  # of a file; Pillow's own bound for a decompression bomb
 MAX_WORK_PIXELS = 4 * MAX_PIXELS  # after padding to a square, or after resizing
@@ -52,8 +51,8 @@ class ImageSpec:
     resize: int  # pixels of the shortest edge
     crop: int  # pixels of the square cut from the centre
     aspect: str = "pad"  # pad (to a square, before resizing) | square (centre crop only)
-    mean: tuple[float, ...] = CLIP_MEAN
-    std: tuple[float, ...] = CLIP_STD
+    mean: tuple[float, ...] = VisionConfig.mean  # of pixels in 0..1, R G B; by default CLIP's
+    std: tuple[float, ...] = VisionConfig.std
 
     def __post_init__(self) -> None:
         if self.aspect not in ("pad", "square"):
@@ -85,8 +84,8 @@ def read_image_spec(file: str | Path, aspect: str) -> ImageSpec:
             int(resize),
             int(crop),
             aspect,
-            tuple(config.get("image_mean", CLIP_MEAN)),
-            tuple(config.get("image_std", CLIP_STD)),
+            tuple(config.get("image_mean") or VisionConfig.mean),
+            tuple(config.get("image_std") or VisionConfig.std),
         )
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise DataError(f"{file} is no CLIP preprocessor_config.json: {error!r}") from error

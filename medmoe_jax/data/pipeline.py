@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,7 +158,7 @@ class Batches:
 
     @property
     def problems(self) -> list[Problem]:
-        """Rows found unusable while reading ('skip' mode), each once, since this object exists."""
+        """Rows found unusable up to this place in the stream ('skip' mode), each once."""
         return list(self._found)
 
     def _start(self) -> grain.DatasetIterator:
@@ -170,11 +170,12 @@ class Batches:
         options = grain.multiprocessing.MultiprocessingOptions(num_workers=self._cfg.workers)
         return iter(dataset.mp_prefetch(options))
 
-    def get_state(self) -> dict[str, int | str]:
-        """JSON-able state: the number of the next batch, and what identifies the stream."""
-        return {"next_batch": self._next} | self._identity
+    def get_state(self) -> dict[str, Any]:
+        """JSON-able state: number of the next batch, problems so far, and what the stream is of."""
+        found = [asdict(problem) for problem in self._found]
+        return {"next_batch": self._next, "problems": found} | self._identity
 
-    def set_state(self, state: dict[str, int | str]) -> None:
+    def set_state(self, state: dict[str, Any]) -> None:
         """Continues where `state` was taken.
 
         Raises:
@@ -189,6 +190,7 @@ class Batches:
                 )
         self.close()
         self._next = int(state["next_batch"])
+        self._found = {Problem(**problem): None for problem in state.get("problems", ())}
 
     def close(self) -> None:
         """Stops reading ahead; the iterator can be used again."""
