@@ -1,7 +1,9 @@
 """Scores a file of answers: `python -m medmoe_jax.evaluate --gt F --pred F [--out metrics.json]`.
 
-Rows are paired by id. The official figures and the strict ones are computed side by side
-(`metrics.py` says how they differ).
+Rows are paired by id (`--pair order`: as the official script does). The official figures and the
+strict ones are computed side by side (`metrics.py` says how they differ), with intervals, tables by
+group, classification, controls and the quality of the confidences (`evaluation/`). What is found is
+shown, and written beside `--out`: metrics.json, metrics.md and metrics.wrong.json.
 """
 
 from __future__ import annotations
@@ -9,96 +11,153 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from medmoe_jax import metrics
 from medmoe_jax.data.problems import DataError
-
-# figure -> (variant, its name there)
-SUMMARY = {
-    "closed accuracy": ("official", "yes/no accuracy"),
-    "open recall": ("official", "Recall"),
-    "closed accuracy, strict": ("strict", "Closed Accuracy"),
-    "open recall, strict": ("strict", "Open Recall"),
-}
+from medmoe_jax.evaluation import plots, text
+from medmoe_jax.evaluation.controls import CONTROLS
+from medmoe_jax.evaluation.figures import VARIANTS
+from medmoe_jax.evaluation.report import SAMPLES, report
+from medmoe_jax.evaluation.rows import PAIRINGS, read
+from medmoe_jax.metrics import MissingExtra
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    """Objects of a JSON list or of a JSONL file."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        data = json.loads(text) if text.lstrip().startswith("[") else None
-        return (
-            data if data is not None else [json.loads(line) for line in text.splitlines() if line]
-        )
-    except (OSError, json.JSONDecodeError) as error:
-        raise DataError(f"{path} is no JSON list and no JSONL file: {error}") from error
-
-
-def _by_id(rows: list[dict[str, Any]], key: str, path: Path) -> dict[str, dict[str, Any]]:
-    ids = [str(row.get(key)) for row in rows]
-    doubled = [i for i, n in Counter(ids).items() if n > 1]
-    if doubled:
-        raise DataError(f"{path}: {len(doubled)} ids occur more than once: {doubled[:5]}")
-    return dict(zip(ids, rows, strict=True))
-
-
-def pair(gt: Path, pred: Path) -> list[metrics.Answer]:
-    """Questions with their predictions, paired by id.
+def evaluate(
+    gt: Path,
+    pred: Path,
+    *,
+    metric: str = "both",
+    pairing: str = "id",
+    controls: dict[str, Path] | None = None,
+    calibrate_on: tuple[Path, Path] | None = None,
+    abstain_below: float | None = None,
+    samples: int = SAMPLES,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """`evaluation.report.report` of files.
 
     Args:
-      gt: JSON with id, answer_type and conversations (or conversatons).
-      pred: JSONL with question_id and text.
+      gt: questions with answers, JSON or JSONL.
+      pred: predictions, JSONL or JSON.
+      metric: see `report`, like the arguments not named here.
+      pairing: see `report`.
+      controls: blank, noise or shuffled -> file of predictions.
+      calibrate_on: files of questions and of predictions.
+      abstain_below: see `report`.
+      samples: see `report`.
+      seed: see `report`.
 
     Raises:
-      DataError: ids that are missing, extra or doubled, or a file that cannot be read.
+      DataError: files that cannot be read or do not fit.
+      MissingExtra: a library of the extra `eval` is absent.
     """
-    truth, said = _by_id(_read(gt), "id", gt), _by_id(_read(pred), "question_id", pred)
-    missing, extra = sorted(truth.keys() - said.keys()), sorted(said.keys() - truth.keys())
-    if missing or extra:
-        raise DataError(
-            f"{pred} and {gt} do not fit: {len(missing)} ids without a prediction {missing[:5]}, "
-            f"{len(extra)} predictions without a question {extra[:5]}"
-        )
-    pairs = []
-    for key, row in truth.items():
-        turns = row.get("conversations") or row.get("conversatons")
-        if not turns or len(turns) < 2:
-            raise DataError(f"{gt}: row {key!r} has no question with an answer")
-        question, answer = str(turns[0]["value"]), str(turns[1]["value"])
-        kind = str(row.get("answer_type", ""))
-        pairs.append(metrics.Answer(answer, str(said[key]["text"]), kind, question))
-    return pairs
+    fitted = None if calibrate_on is None else (read(calibrate_on[0]), read(calibrate_on[1]))
+    return report(
+        read(gt),
+        read(pred),
+        metric=metric,
+        pairing=pairing,
+        control_predictions={name: read(file) for name, file in (controls or {}).items()},
+        calibrate_on=fitted,
+        abstain_below=abstain_below,
+        samples=samples,
+        seed=seed,
+        names=(str(gt), str(pred)),
+    )
 
 
-def evaluate(gt: Path, pred: Path) -> dict[str, Any]:
-    """All figures: `official`, `strict` (see `metrics`) and a short `summary`, percent."""
-    pairs = pair(gt, pred)
-    report = {"official": metrics.official(pairs), "strict": metrics.strict(pairs)}
-    summary = {
-        name: report[variant]["aggregate_percent"][figure]
-        for name, (variant, figure) in SUMMARY.items()
-    }
-    return {"n": len(pairs), "summary": summary} | report
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="Scores a file of answers.")
+    parser.add_argument("--gt", type=Path, required=True, help="questions with answers, JSON")
+    parser.add_argument("--pred", type=Path, required=True, help="answers, JSONL")
+    parser.add_argument("--metric", choices=list(VARIANTS), default="both")
+    parser.add_argument("--pair", choices=PAIRINGS, default="id", help="how rows correspond")
+    parser.add_argument("--out", type=Path, help="JSON to write; Markdown goes beside it as .md")
+    parser.add_argument("--wrong", type=Path, help="wrong answers; default: beside --out")
+    parser.add_argument(
+        "--control",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help=f"answers without the image; NAME is {', '.join(CONTROLS)}; may be repeated",
+    )
+    parser.add_argument(
+        "--calibrate-on",
+        nargs=2,
+        type=Path,
+        metavar=("GT", "PRED"),
+        help="rows for the temperature of the confidences; default: half of the images",
+    )
+    parser.add_argument(
+        "--abstain-below", type=float, metavar="P", help="withhold answers less sure than P, 0..1"
+    )
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="pictures of the confidences")
+    parser.add_argument("--bootstrap", type=int, default=SAMPLES, help="draws; 0: no intervals")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    return parser
+
+
+def _controls(given: list[str]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for choice in given:
+        name, _, file = choice.partition("=")
+        if name not in CONTROLS or not file or name in found:
+            raise DataError(
+                f"--control {choice}: give NAME=FILE, each NAME of {', '.join(CONTROLS)} once"
+            )
+        found[name] = Path(file)
+    return found
+
+
+def _write(path: Path, content: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content, encoding="utf-8")
+
+
+def _dump(value: Any) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description="Scores a file of answers.")
-    parser.add_argument("--gt", type=Path, required=True, help="questions with answers, JSON")
-    parser.add_argument("--pred", type=Path, required=True, help="answers, JSONL")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser = _parser()
     args = parser.parse_args()
+    if args.out and args.out.suffix == ".md":
+        parser.error("--out is the JSON file; the Markdown is written beside it")
     try:
-        report = evaluate(args.gt, args.pred)
-    except DataError as error:
+        found = evaluate(
+            args.gt,
+            args.pred,
+            metric=args.metric,
+            pairing=args.pair,
+            controls=_controls(args.control),
+            calibrate_on=args.calibrate_on and tuple(args.calibrate_on),
+            abstain_below=args.abstain_below,
+            samples=args.bootstrap,
+            seed=args.seed,
+        )
+        wrong = found.pop("wrong")
+        shown = text.markdown(found)
+        print(shown)
+        files = []
+        if args.out:
+            files += [(args.out, _dump(found)), (args.out.with_suffix(".md"), shown)]
+        if args.out or args.wrong:
+            files.append((args.wrong or args.out.with_suffix(".wrong.json"), _dump(wrong)))
+        for path, content in files:
+            _write(path, content)
+        drawn = (
+            plots.draw(found["confidence"], args.plots)
+            if args.plots and found["confidence"]
+            else []
+        )
+    except (DataError, MissingExtra, OSError) as error:
         sys.exit(f"error: {error}")
-    for name, value in report["summary"].items():
-        print(f"{name:<26}{'-' if value is None else f'{value:6.1f} %'}")
-    if args.out:
-        args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if args.plots and not drawn:
+        print("No pictures: no answer has a confidence.")
+    if files or drawn:
+        print(f"Written: {', '.join(map(str, [*(path for path, _ in files), *drawn]))}")
 
 
 if __name__ == "__main__":

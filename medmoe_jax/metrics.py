@@ -3,23 +3,47 @@
 `official` gives the figures that published Med-MoE and LLaVA-Med tables contain. They over-count:
 a closed answer is right if its text occurs anywhere in the prediction ("no" in "normal"), and
 "Exact Match Score" is a kind of precision. `strict` gives figures that mean what they say.
-Everything here is a pure function of strings; reading files and pairing rows by id happen
-elsewhere.
+Everything here is a pure function of strings; `evaluation/` reads files, pairs rows and adds
+intervals and tables. The official BLEU is nltk's, in the extra `eval`.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 OFFICIAL_OPEN = ("open", "OPEN")
 OFFICIAL_CLOSED = ("close", "CLOSED")
 STRICT_OPEN = ("open", "other", "number")
-STRICT_CLOSED = ("close", "closed", "yes/no")
+STRICT_CLOSED = ("close", "closed", "yes/no", "yes", "no")
+
+# Figures that are means over rows -> (kind of row, key in per_sample, place in its list).
+FIGURES: dict[str, dict[str, tuple[str, str, int | None]]] = {
+    "official": {
+        "Exact Match Score": ("open", "exact_match", None),
+        "F1 Score": ("open", "f1", None),
+        "Precision": ("open", "precision", None),
+        "Recall": ("open", "recall", None),
+        "BLEU Score (Weight 1)": ("open", "bleu", 0),
+        "BLEU Score (Weight 2)": ("open", "bleu", 1),
+        "BLEU Score (Weight 3)": ("open", "bleu", 2),
+        "yes/no accuracy": ("closed", "closed_correct", None),
+        "Closed F1 Score": ("closed", "f1", None),
+        "Closed Precision": ("closed", "precision", None),
+        "Closed Recall": ("closed", "recall", None),
+    },
+    "strict": {
+        "Closed Accuracy": ("closed", "closed_correct", None),
+        "Open Recall": ("open", "recall", None),
+        "Open Precision": ("open", "precision", None),
+        "Open F1": ("open", "f1", None),
+        "Open Exact Match": ("open", "exact_match", None),
+    },
+}
+BLEU_WEIGHTS = ((1.0, 0.0, 0.0, 0.0), (0.0, 1.0, 0.0, 0.0), (0.0, 0.0, 1.0, 0.0))
 
 NUMBERS = "zero one two three four five six seven eight nine ten"
 NUMBER_WORDS = {word: str(i) for i, word in enumerate(NUMBERS.split())} | {"none": "0"}
@@ -36,6 +60,10 @@ CONTRACTIONS = """
     why's won't would've wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're
     you've
 """
+
+
+class MissingExtra(ImportError):
+    """An optional library is absent; the message names the extra that brings it."""
 
 
 class Answer(NamedTuple):
@@ -60,25 +88,12 @@ def official(answers: Iterable[Answer | tuple[str, str, str]]) -> dict[str, Any]
       per_sample: one dict a row, empty where the row is ignored: answer_type, f1, precision, recall
         (0..1); open ones also exact_match and bleu (BLEU-1, -2, -3), closed ones closed_correct.
 
-    Source: official `run_eval.py`, `eval_metrics/`. BLEU equals nltk's sentence_bleu with method1.
+    Raises:
+      MissingExtra: nltk is absent.
+
+    Source: official `run_eval.py`, `eval_metrics/`.
     """
-    rows = [_official_row(Answer(*answer)) for answer in answers]
-    opened = [row for row in rows if "bleu" in row]
-    closed = [row for row in rows if "closed_correct" in row]
-    aggregate = {
-        "Exact Match Score": _percent(row["exact_match"] for row in opened),
-        "F1 Score": _percent(row["f1"] for row in opened),
-        "Precision": _percent(row["precision"] for row in opened),
-        "Recall": _percent(row["recall"] for row in opened),
-        "BLEU Score (Weight 1)": _percent(row["bleu"][0] for row in opened),
-        "BLEU Score (Weight 2)": _percent(row["bleu"][1] for row in opened),
-        "BLEU Score (Weight 3)": _percent(row["bleu"][2] for row in opened),
-        "yes/no accuracy": _percent(row["closed_correct"] for row in closed),
-        "Closed F1 Score": _percent(row["f1"] for row in closed),
-        "Closed Precision": _percent(row["precision"] for row in closed),
-        "Closed Recall": _percent(row["recall"] for row in closed),
-    }
-    return _report(aggregate, rows, len(opened), len(closed))
+    return _report("official", [_official_row(Answer(*answer)) for answer in answers])
 
 
 def strict(answers: Iterable[Answer | tuple[str, str, str]]) -> dict[str, Any]:
@@ -95,6 +110,8 @@ def strict(answers: Iterable[Answer | tuple[str, str, str]]) -> dict[str, Any]:
     * Open recall and precision: share of the distinct words of one side that the other has.
     * Open F1: over words with multiplicity, as in SQuAD. Exact match: the same words in order.
 
+    BLEU is added to them by `evaluation/bleu.py`.
+
     Args:
       answers: rows in order; answer types open, other, number and close, closed, yes/no, in any
         case.
@@ -106,17 +123,21 @@ def strict(answers: Iterable[Answer | tuple[str, str, str]]) -> dict[str, Any]:
       per_sample: one dict a row, empty where the row is ignored: answer_type and closed_correct, or
         answer_type, recall, precision, f1 (0..1) and exact_match.
     """
-    rows = [_strict_row(Answer(*answer)) for answer in answers]
-    opened = [row for row in rows if "recall" in row]
-    closed = [row for row in rows if "closed_correct" in row]
-    aggregate = {
-        "Closed Accuracy": _percent(row["closed_correct"] for row in closed),
-        "Open Recall": _percent(row["recall"] for row in opened),
-        "Open Precision": _percent(row["precision"] for row in opened),
-        "Open F1": _percent(row["f1"] for row in opened),
-        "Open Exact Match": _percent(row["exact_match"] for row in opened),
-    }
-    return _report(aggregate, rows, len(opened), len(closed))
+    return _report("strict", [_strict_row(Answer(*answer)) for answer in answers])
+
+
+def values(variant: str, rows: Iterable[Mapping[str, Any]]) -> dict[str, list[float | None]]:
+    """What each figure is the mean of.
+
+    Args:
+      variant: official or strict.
+      rows: the `per_sample` of that report.
+
+    Returns:
+      One list a figure of `FIGURES`: a value (0..1) a row, None where the row does not count.
+    """
+    rows = list(rows)
+    return {name: [_value(row, *place) for row in rows] for name, place in FIGURES[variant].items()}
 
 
 def wrong_answers(answers: Iterable[Answer | tuple[str, str, str]]) -> list[dict[str, str]]:
@@ -137,7 +158,8 @@ def wrong_answers(answers: Iterable[Answer | tuple[str, str, str]]) -> list[dict
             "predicted_answer": row.prediction.lower(),
         }
         for row in rows
-        if _official_row(row).get("closed_correct") is False
+        if row.answer_type in OFFICIAL_CLOSED
+        and row.reference.lower() not in row.prediction.lower()
     ]
 
 
@@ -169,32 +191,28 @@ def normalize_word(text: str) -> str:
     return " ".join(spelled.get(word, word) for word in words if word not in ARTICLES)
 
 
-def bleu(reference: Sequence[str], prediction: Sequence[str], n: int) -> float:
-    """Sentence BLEU of the n-grams alone, with one reference and smoothing method 1.
+def bleu(reference: Sequence[str], prediction: Sequence[str]) -> list[float]:
+    """BLEU of the 1-, the 2- and the 3-grams alone, as the official figures have them.
 
     Args:
       reference: words.
       prediction: words.
-      n: length of the n-grams.
 
     Returns:
-      0..1: clipped n-gram precision (0.1 matches where there is none) times the brevity penalty;
-      0 where no word matches.
+      Three values, 0..1.
 
-    Source: nltk.translate.bleu_score.sentence_bleu with weight 1 on n, SmoothingFunction().method1
-      (Chen and Cherry, 2014).
+    Raises:
+      MissingExtra: nltk is absent.
+
+    Source: nltk's sentence_bleu, one weight 1, smoothing method 1 (Chen and Cherry, 2014).
     """
-    if not set(reference) & set(prediction):
-        return 0.0
-    grams = [
-        Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1))
-        for words in (reference, prediction)
-    ]
-    matches = (grams[0] & grams[1]).total() or 0.1
-    precision = matches / max(grams[1].total(), 1)
-    longer = len(prediction) > len(reference)
-    penalty = 1.0 if longer else math.exp(1 - len(reference) / len(prediction))
-    return penalty * math.exp(math.log(precision))
+    try:
+        from nltk.translate import bleu_score
+    except ImportError as error:
+        raise MissingExtra("BLEU needs nltk: pip install 'medmoe_jax[eval]'") from error
+    smooth = bleu_score.SmoothingFunction().method1
+    found = bleu_score.sentence_bleu([list(reference)], list(prediction), BLEU_WEIGHTS, smooth)
+    return [float(value) for value in found]  # pyright: ignore[reportGeneralTypeIssues]
 
 
 def options(question: str) -> list[list[str]]:
@@ -210,10 +228,23 @@ def options(question: str) -> list[list[str]]:
     """
     listed = re.findall(r"\[([^\]]*)\]|options: ([^\s\[][^.?\n]*)", question.lower())
     if listed:
-        return [_words(option) for option in "".join(listed[-1]).split(",")]
-    words = _words(question)
+        return [split_words(option) for option in "".join(listed[-1]).split(",")]
+    words = split_words(question)
     places = [i for i in range(1, len(words) - 1) if words[i] == "or"]
     return [[words[i + side]] for i in places for side in (-1, 1)]
+
+
+def split_words(text: str) -> list[str]:
+    """Words of the strict figures (see `strict`)."""
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))|['\u2019]", "", text.lower())
+    words: list[str] = re.findall(r"\d+\.\d+|[^\W_]+", text)
+    return [NUMBER_WORDS.get(word, word) for word in words if word not in ARTICLES]
+
+
+def contains(words: list[str], part: list[str]) -> bool:
+    """Whether `part`, not empty, occurs in `words` in a row."""
+    starts = range(len(words) - len(part) + 1)
+    return bool(part) and any(words[i : i + len(part)] == part for i in starts)
 
 
 def _official_row(answer: Answer) -> dict[str, Any]:
@@ -238,20 +269,20 @@ def _official_row(answer: Answer) -> dict[str, Any]:
     words = (reference.split(), prediction.split())
     return row | {
         "exact_match": len(wanted.keys() & given.keys()) / given.total() if given else 0.0,
-        "bleu": [bleu(*words, n) for n in (1, 2, 3)],
+        "bleu": bleu(*words),
     }
 
 
 def _strict_row(answer: Answer) -> dict[str, Any]:
     kind = answer.answer_type.strip().lower()
-    reference, prediction = _words(answer.reference), _words(answer.prediction)
+    reference, prediction = split_words(answer.reference), split_words(answer.prediction)
     row: dict[str, Any] = {"answer_type": answer.answer_type}
     if kind in STRICT_CLOSED:
         yes_no = [["yes"], ["no"]]
         others = yes_no if reference in yes_no else options(answer.question)
-        right = _contains(prediction, reference)
+        right = contains(prediction, reference)
         for other in others:
-            right = right and (_contains(reference, other) or not _contains(prediction, other))
+            right = right and (contains(reference, other) or not contains(prediction, other))
         return row | {"closed_correct": right}
     if kind in STRICT_OPEN:
         shared = (Counter(reference) & Counter(prediction)).total()
@@ -264,19 +295,6 @@ def _strict_row(answer: Answer) -> dict[str, Any]:
             "exact_match": same,
         }
     return {}
-
-
-def _words(text: str) -> list[str]:
-    """Words of the strict figures."""
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))|['\u2019]", "", text.lower())
-    words: list[str] = re.findall(r"\d+\.\d+|[^\W_]+", text)
-    return [NUMBER_WORDS.get(word, word) for word in words if word not in ARTICLES]
-
-
-def _contains(words: list[str], part: list[str]) -> bool:
-    """Whether `part`, not empty, occurs in `words` in a row."""
-    starts = range(len(words) - len(part) + 1)
-    return bool(part) and any(words[i : i + len(part)] == part for i in starts)
 
 
 @functools.cache
@@ -292,18 +310,23 @@ def _contractions() -> dict[str, str]:
     return table | {"somebody'd": "somebodyd"}
 
 
-def _percent(values: Iterable[float]) -> float | None:
-    values = list(values)
-    return sum(values) / len(values) * 100 if values else None
+def _value(row: Mapping[str, Any], kind: str, key: str, place: int | None) -> float | None:
+    if "answer_type" not in row or ("closed_correct" in row) != (kind == "closed"):
+        return None
+    return float(row[key] if place is None else row[key][place])
 
 
-def _report(
-    aggregate: dict[str, float | None], rows: list[dict[str, Any]], opened: int, closed: int
-) -> dict[str, Any]:
+def _report(variant: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    aggregate: dict[str, float | None] = {}
+    for name, column in values(variant, rows).items():
+        found = [value for value in column if value is not None]
+        aggregate[name] = sum(found) / len(found) * 100 if found else None
+    closed = sum("closed_correct" in row for row in rows)
+    ignored = sum(not row for row in rows)
     return {
         "aggregate_percent": aggregate,
-        "n_open": opened,
+        "n_open": len(rows) - closed - ignored,
         "n_closed": closed,
-        "n_ignored": len(rows) - opened - closed,
+        "n_ignored": ignored,
         "per_sample": rows,
     }

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
-import random
+import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from medmoe_jax.data.sources import ANSWER_TYPES, CLOSED, OPEN
 from medmoe_jax.metrics import (
     Answer,
+    MissingExtra,
     bleu,
     normalize_word,
     official,
     options,
     strict,
+    values,
     wrong_answers,
 )
 
@@ -109,16 +113,51 @@ def test_official_closed_is_a_substring(reference: str, prediction: str, right: 
     assert official([(reference, prediction, "CLOSED")])["per_sample"][0]["closed_correct"] is right
 
 
-def test_bleu_equals_nltk() -> None:
-    score = pytest.importorskip("nltk.translate.bleu_score")
-    method1 = score.SmoothingFunction().method1
-    weights = [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0)]
-    draw = random.Random(0)
-    for _ in range(500):
-        reference, prediction = (draw.choices("abcde", k=draw.randrange(9)) for _ in range(2))
-        for n, weight in enumerate(weights, 1):
-            want = score.sentence_bleu([reference], prediction, weight, method1)
-            assert bleu(reference, prediction, n) == pytest.approx(want, abs=1e-15)
+@pytest.mark.parametrize(
+    ("reference", "prediction", "want"),
+    [
+        # Of 5 words 2 match, of 4 pairs 1, of 3 triples none (method 1 counts 0.1).
+        ("left lung", "in the left lung .", [2 / 5, 1 / 4, 0.1 / 3]),
+        # A short prediction pays exp(1 - 4/2); its missing triples count as 0.1 of 1.
+        ("a b c d", "a b", [math.exp(-1), math.exp(-1), 0.1 * math.exp(-1)]),
+        ("left", "left left left", [1 / 3, 0.1 / 2, 0.1 / 1]),  # clipped to one
+        ("lung", "liver", [0, 0, 0]),
+        ("", "lung", [0, 0, 0]),
+        ("lung", "", [0, 0, 0]),
+        ("", "", [0, 0, 0]),
+    ],
+)
+def test_bleu_by_hand(reference: str, prediction: str, want: list[float]) -> None:
+    assert bleu(reference.split(), prediction.split()) == pytest.approx(want, abs=1e-12)
+
+
+def test_bleu_without_nltk_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nltk.translate", None)
+    with pytest.raises(MissingExtra, match=r"nltk.*medmoe_jax\[eval\]"):
+        official([("lung", "lung", "open")])
+    # Neither needs it.
+    assert official([("no", "no", "CLOSED")])["aggregate_percent"]["yes/no accuracy"] == 100
+    assert wrong_answers([("lung", "liver", "open"), ("No", "Yes", "close")]) == [
+        {"prompt": "", "correct_answer": "no", "predicted_answer": "yes"}
+    ]
+
+
+def test_answer_types_are_those_of_the_data() -> None:
+    for kind, group in ANSWER_TYPES.items():
+        report = strict([("yes", "yes", kind)])
+        assert (report["n_open"], report["n_closed"]) == (group == OPEN, group == CLOSED), kind
+
+
+def test_values_are_what_the_figures_are_means_of() -> None:
+    rows = [("left lung", "left", "open"), ("no", "now", "close"), ("x", "x", "?")]
+    for variant, score in (("official", official), ("strict", strict)):
+        report = score(rows)
+        columns = values(variant, report["per_sample"])
+        assert columns.keys() == report["aggregate_percent"].keys()
+        for name, column in columns.items():
+            found = [value for value in column if value is not None]
+            assert column[2] is None and len(found) == 1
+            assert report["aggregate_percent"][name] == 100 * found[0]
 
 
 @pytest.mark.parametrize(
