@@ -278,6 +278,19 @@ class LogConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    """Questions answered and scored during training, as `predict` and `evaluate` do."""
+
+    every: int = 0  # steps between two evaluations, the last step always; 0 = none
+    file: str = ""  # questions with answers, JSON or JSONL
+    split: str = "val"  # name of the figures: "val/closed accuracy"
+    image_folder: str = ""  # "" = data.image_folder
+    rows: int = 0  # most questions, from the start of the file; 0 = all
+    batch_size: int = 16
+    max_new_tokens: int = 64
+
+
+@dataclass
 class RunConfig:
     """One training phase."""
 
@@ -299,3 +312,4 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

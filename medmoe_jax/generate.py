@@ -1,11 +1,14 @@
-"""Greedy decoding with a KV cache: prompts in, token ids out, the loop on the device.
+"""Generation on the device: a running batch with its KV cache, extended by prompts and by answers.
 
-Prompts of a batch end at the same place (padding is on the left), so that all rows write one cache
-position a step; positions count real tokens only. A row therefore gets what it gets alone.
+Rows of a batch write the same place of the cache in a step, so prompts end at the same place
+(padding is on the left); positions count real tokens only, and padding is never looked at. A row
+therefore gets what it gets alone. All shapes are static: one program for each length of prompt,
+size of cache and number of rows. Above it: `model.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,19 +16,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from medmoe_jax import losses
 from medmoe_jax.config import ModelConfig
 from medmoe_jax.models import decoder, medmoe
 from medmoe_jax.models.layers import Array, Params
+from medmoe_jax.sampling import Knobs, choose
 
 
-class Generated(NamedTuple):
-    """Answers of a batch."""
+class State(NamedTuple):
+    """Conversations so far."""
 
-    ids: Array  # i32[B, max_new]: EOS included, 0 behind it
+    cache: decoder.Cache  # S places for each layer
+    seen: Array  # bool[B, S]: places that hold a real token
+    count: Array  # i32[B]: number of real tokens, the next position
+    end: Array  # i32[]: next free place, the same for all rows
+    logits: Array  # f32[B, V]: scores of the next token
+    used: Array | None  # bool[B, V]: ids of the text so far, for the repetition penalty
+
+
+class Answers(NamedTuple):
+    """Answers in progress. The last id of a row is not in the cache yet."""
+
+    ids: Array  # i32[B, N]: the end included, 0 behind it
+    log_probs: Array  # f32[B, N]: of each id, by the model's own scores
     lengths: Array  # i32[B]: number of ids
-    log_probs: Array  # f32[B]: sum of the log-probabilities of the ids
-    first_logits: Array  # f32[B, V]: scores of the first id
-    step_logits: Array | None  # f32[B, max_new, V]: scores of every id, if asked for
+    step: Array  # i32[]: ids of the longest row
+    done: Array  # bool[B]
+    step_logits: Array | None  # f32[B, N, V]: the scores each id was chosen by, if asked for
 
 
 def left_padded(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -41,81 +58,282 @@ def left_padded(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return moved | ({"images": batch["images"]} if "images" in batch else {})
 
 
-@partial(jax.jit, static_argnames=("cfg", "max_new", "dtype", "keep_logits"))
-def greedy(
-    p: Params,
-    cfg: ModelConfig,
-    batch: dict[str, Array],
-    eos: Array,
-    *,
-    max_new: int,
-    dtype: Any,
-    keep_logits: bool = False,
-) -> Generated:
-    """Most likely continuation, token by token.
+def for_generation(p: Params, cfg: ModelConfig) -> Params:
+    """All parameters with the language model unstacked, as every function here takes them."""
+    return {**p, "llm": decoder.unstack(p["llm"], cfg)}
 
-    Args:
-      p: parameters.
-      cfg: shapes.
-      batch: as for `models.medmoe.forward`, but padded on the left (`left_padded`).
-      eos: i32[]: id that ends an answer; negative = none.
-      max_new: most ids an answer may have.
-      dtype: of the computation and of the cache.
-      keep_logits: also return the scores of every step, which take max_new * V numbers a row.
 
-    Returns:
-      Generated; the loop stops early when every row has ended.
-    """
-    tokens, valid = batch["tokens"], batch["mask"]
-    b, t = tokens.shape
-    size = t + max_new
+@partial(jax.jit, static_argnames=("cfg", "rows", "size", "dtype", "penalised"))
+def empty(cfg: ModelConfig, rows: int, size: int, dtype: Any, penalised: bool = False) -> State:
+    """Nothing said yet; a cache with `size` places."""
+    return State(
+        decoder.empty_cache(cfg, rows, size, dtype),
+        jnp.zeros((rows, size), bool),
+        jnp.zeros(rows, jnp.int32),
+        jnp.zeros((), jnp.int32),
+        jnp.zeros((rows, cfg.llm.vocab), jnp.float32),
+        jnp.zeros((rows, cfg.llm.vocab), bool) if penalised else None,
+    )
+
+
+@partial(jax.jit, static_argnames=("size",))
+def grow(state: State, size: int) -> State:
+    """The same conversations with `size` places in the cache, no fewer than before."""
+    more = size - state.seen.shape[1]
+    return state._replace(
+        cache=jax.tree.map(lambda a: jnp.pad(a, ((0, 0), (0, 0), (0, more), (0, 0))), state.cache),
+        seen=jnp.pad(state.seen, ((0, 0), (0, more))),
+    )
+
+
+@jax.jit
+def rewind(state: State, places: Array) -> State:
+    """The conversations without the last `places` (i32[]) places, which must all have been real
+    tokens; the scores of the next token are not those any more."""
+    end = state.end - places
+    kept = state.seen & (jnp.arange(state.seen.shape[1]) < end)[None]
+    return state._replace(seen=kept, count=state.count - places, end=end)
+
+
+@partial(jax.jit, static_argnames=("times",))
+def repeat(state: State, times: int) -> State:
+    """Every row `times` times in a row."""
+    rows = jax.tree.map(lambda a: jnp.repeat(a, times, 0), state._replace(end=None))
+    return rows._replace(end=state.end)
+
+
+def _run(
+    p: Params, cfg: ModelConfig, state: State, x: Array, valid: Array
+) -> tuple[Array, State, dict[str, Any]]:
+    """Embeddings [B, T, D] behind what was said: hidden states, the state without new scores, and
+    the decoder's reports."""
+    t, size = x.shape[1], state.seen.shape[1]
+    seen = jax.lax.dynamic_update_slice(state.seen, valid, (0, state.end))
+    reach = jnp.arange(size)[None, :] <= state.end + jnp.arange(t)[:, None]
+    ctx = decoder.Context(
+        positions=state.count[:, None] + jnp.maximum(jnp.cumsum(valid, -1) - 1, 0),
+        mask=(seen[:, None] & reach[None])[:, None],
+        counted=valid,
+        write_at=state.end,
+    )
+    hidden, reports = decoder.decode(p["llm"], cfg, x, ctx, state.cache)
+    state = state._replace(
+        cache=reports["cache"], seen=seen, count=state.count + valid.sum(-1), end=state.end + t
+    )
+    return hidden, state, reports
+
+
+def _embed(p: Params, cfg: ModelConfig, batch: dict[str, Any], dtype: Any) -> Array:
     images = batch.get("images")
     image = None if images is None else medmoe.image_tokens(p, cfg, images, dtype)
-    lengths = valid.sum(-1)
-    seen = jnp.pad(valid, ((0, 0), (0, max_new)))
+    return medmoe.merge(p, batch["tokens"], batch["image_pos"], batch["mask"], image, dtype)
 
-    def run(
-        x: Array, positions: Array, mask: Array, write_at: Any, cache: Params
-    ) -> tuple[Array, Params]:
-        ctx = decoder.Context(positions, mask, jnp.ones(x.shape[:2], bool), jnp.asarray(write_at))
-        hidden, reports = decoder.decode(p["llm"], cfg, x, ctx, cache)
-        return medmoe.logits(p, hidden[:, -1]), reports["cache"]
 
-    x = medmoe.merge(p, tokens, batch["image_pos"], valid, image, dtype)
-    reach = jnp.arange(size)[None, :] <= jnp.arange(t)[:, None]
-    logits, cache = run(
-        x,
-        jnp.maximum(jnp.cumsum(valid, -1) - 1, 0),
-        (seen[:, None] & reach[None])[:, None],
-        0,
-        decoder.empty_cache(cfg, b, size, dtype),
+@partial(jax.jit, static_argnames=("cfg", "dtype"), donate_argnames=("state",))
+def extend(
+    p: Params, cfg: ModelConfig, state: State, batch: dict[str, Any], dtype: Any
+) -> tuple[State, Array | None]:
+    """Reads prompts behind what was said.
+
+    Args:
+      p: from `for_generation`.
+      cfg: shapes.
+      state: with T free places in its cache at least; it is used up.
+      batch: as for `models.medmoe.forward`, but padded on the left (`left_padded`).
+      dtype: of the computation.
+
+    Returns:
+      The state with the scores of the next token, and the router's modality posterior of these
+      tokens, f32[B, E] (None in a dense model).
+    """
+    valid = batch["mask"]
+    hidden, state, reports = _run(p, cfg, state, _embed(p, cfg, batch, dtype), valid)
+    used = state.used
+    if used is not None:
+        words = valid & (batch["image_pos"] < 0)
+        used = used.at[jnp.arange(len(used))[:, None], batch["tokens"]].max(words)
+    state = state._replace(logits=medmoe.logits(p, hidden[:, -1]), used=used)
+    routed = reports.get("router_logits")
+    return state, None if routed is None else losses.posterior(routed, valid)
+
+
+def follow(
+    p: Params, cfg: ModelConfig, state: State, token: Array, valid: Array, dtype: Any
+) -> State:
+    """The state behind one more token of each row, i32[B]; rows that are not valid (bool[B]) keep
+    what they know. Part of a jitted loop."""
+    x = p["llm"]["embed"]["embedding"][token][:, None].astype(dtype)
+    hidden, state, _ = _run(p, cfg, state, x, valid[:, None])
+    return state._replace(logits=medmoe.logits(p, hidden[:, -1]))
+
+
+@partial(jax.jit, static_argnames=("cfg", "dtype"))
+def score(
+    p: Params, cfg: ModelConfig, state: State, batch: dict[str, Any], dtype: Any
+) -> tuple[Array, Array]:
+    """Log-likelihood of given continuations of the conversations.
+
+    Args:
+      p, cfg, dtype: as for `extend`.
+      state: with T free places in its cache at least; it can be used again.
+      batch: tokens i32[B, T], image_pos i32[B, T] (-1), mask bool[B, T], padded on the right.
+
+    Returns:
+      f32[B] sums over a row's tokens, and i32[B] their number.
+    """
+    hidden, _, _ = _run(p, cfg, state, _embed(p, cfg, batch, dtype), batch["mask"])
+    later = medmoe.logits(p, hidden[:, :-1])
+    scores = jnp.concatenate([state.logits[:, None], later], 1)
+    targets = jnp.where(batch["mask"], batch["tokens"], losses.IGNORE)
+    loss, counted = losses.cross_entropy(scores, targets)
+    return -loss.sum(-1), counted.sum(-1)
+
+
+def _record(
+    state: State, answers: Answers, eos: Array, knobs: Knobs, draw: bool
+) -> tuple[State, Answers]:
+    """Chooses the next token of every row that is not done and writes it down."""
+    i, rows = answers.step, jnp.arange(len(answers.done))
+    token = choose(state.logits, knobs, i, state.used, draw)
+    log_prob = jax.nn.log_softmax(state.logits)[rows, token]
+    done = answers.done
+    steps = answers.step_logits
+    used = state.used
+    return (
+        state._replace(used=None if used is None else used.at[rows, token].set(True)),
+        Answers(
+            answers.ids.at[:, i].set(jnp.where(done, 0, token)),
+            answers.log_probs.at[:, i].set(jnp.where(done, 0.0, log_prob)),
+            answers.lengths + ~done,
+            i + 1,
+            done | (token == eos),
+            None if steps is None else steps.at[:, i].set(state.logits),
+        ),
     )
 
-    def body(carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        i, logits, cache, ids, steps, counts, total, done = carry
-        token = logits.argmax(-1).astype(jnp.int32)
-        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], -1)[:, 0]
-        ids = ids.at[:, i].set(jnp.where(done, 0, token))
-        if steps is not None:
-            steps = steps.at[:, i].set(logits)
-        counts = counts + ~done
-        total = total + jnp.where(done, 0.0, chosen)
-        done = done | (token == eos)
-        x = p["llm"]["embed"]["embedding"][token][:, None].astype(dtype)
-        sees = seen | ((jnp.arange(size) >= t) & (jnp.arange(size) <= t + i))[None]
-        logits, cache = run(x, (lengths + i)[:, None], sees[:, None, None], t + i, cache)
-        return i + 1, logits, cache, ids, steps, counts, total, done
 
-    start = (
-        jnp.zeros((), jnp.int32),
-        logits,
-        cache,
-        jnp.zeros((b, max_new), jnp.int32),
-        jnp.zeros((b, max_new, logits.shape[-1]), jnp.float32) if keep_logits else None,
+@partial(jax.jit, static_argnames=("most", "draw", "keep_logits"))
+def begin(
+    state: State, eos: Array, knobs: Knobs, *, most: int, draw: bool, keep_logits: bool = False
+) -> tuple[State, Answers]:
+    """Chooses the first token of every answer; rows without a token of prompt are done.
+
+    Args:
+      state: after `extend`.
+      eos: i32[]: id that ends an answer; negative = none.
+      knobs: settings of the choice.
+      most: N, ids that an answer has room for.
+      draw: sample; else take the likeliest.
+      keep_logits: keep the scores of every step, which takes N * V numbers a row.
+    """
+    b, v = state.logits.shape
+    nothing = Answers(
+        jnp.zeros((b, most), jnp.int32),
+        jnp.zeros((b, most), jnp.float32),
         jnp.zeros(b, jnp.int32),
-        jnp.zeros(b, jnp.float32),
-        ~valid.any(-1),
+        jnp.zeros((), jnp.int32),
+        ~state.seen.any(-1),
+        jnp.zeros((b, most, v), jnp.float32) if keep_logits else None,
     )
-    end = jax.lax.while_loop(lambda c: (c[0] < max_new) & ~c[-1].all(), body, start)
-    _, _, _, ids, steps, counts, total, _ = end
-    return Generated(ids, counts, total, logits, steps)
+    return _record(state, nothing, eos, knobs, draw)
+
+
+@partial(jax.jit, static_argnames=("cfg", "dtype", "draw"), donate_argnames=("state", "answers"))
+def advance(
+    p: Params,
+    cfg: ModelConfig,
+    state: State,
+    answers: Answers,
+    eos: Array,
+    knobs: Knobs,
+    limit: Array,
+    *,
+    dtype: Any,
+    draw: bool,
+) -> tuple[State, Answers]:
+    """Continues the answers until each has ended or has `limit` ids (i32[], at most N).
+
+    The cache needs a place for each new id but the last; state and answers are used up. Other
+    arguments as before.
+    """
+
+    def body(carry: tuple[State, Answers]) -> tuple[State, Answers]:
+        state, answers = carry
+        token = answers.ids[:, answers.step - 1]
+        state = follow(p, cfg, state, token, ~answers.done, dtype)
+        return _record(state, answers, eos, knobs, draw)
+
+    def going(carry: tuple[State, Answers]) -> Array:
+        return (carry[1].step < limit) & ~carry[1].done.all()
+
+    return jax.lax.while_loop(going, body, (state, answers))
+
+
+def bucket(n: int) -> int:
+    """The static size for `n` places: multiples of 32, further apart for long ones (a quarter
+    more at most beyond 256), so that few programs are compiled."""
+    step = max(32, 1 << max((n - 1).bit_length() - 3, 0))
+    return -(-n // step) * step
+
+
+def with_room(state: State, places: int) -> State:
+    """The state with so many free places behind what was said, its cache grown if need be."""
+    needed = int(state.end) + places
+    return state if needed <= state.seen.shape[1] else grow(state, bucket(needed))
+
+
+def read(
+    p: Params,
+    cfg: ModelConfig,
+    batch: dict[str, Any],
+    *,
+    dtype: Any,
+    room: int,
+    penalised: bool = False,
+) -> tuple[State, Array | None]:
+    """A new conversation: the prompts of `batch` (left-padded), with places for `room` more ids.
+
+    Returns what `extend` returns.
+    """
+    rows, t = batch["tokens"].shape
+    state = empty(cfg, rows, bucket(t + room), dtype, penalised)
+    return extend(p, cfg, state, batch, dtype)
+
+
+def answers(
+    p: Params,
+    cfg: ModelConfig,
+    state: State,
+    eos: Array,
+    knobs: Knobs,
+    *,
+    max_new: int,
+    every: int,
+    dtype: Any,
+    draw: bool = False,
+    keep_logits: bool = False,
+) -> Iterator[tuple[State, Answers]]:
+    """Answers to the prompts in `state`, looked at after every `every` ids.
+
+    Args:
+      p, cfg, eos, knobs, dtype, draw, keep_logits: as in `begin` and `advance`.
+      state: after `extend` or `read`.
+      max_new: most ids of an answer.
+      every: ids between two looks; the device runs alone in between.
+
+    Yields:
+      The state (without the last id of each row in its cache) and the answers so far; the last pair
+      is complete. A pair must not be used once the next one was asked for.
+    """
+    state, found = begin(
+        state, eos, knobs, most=bucket(max_new), draw=draw, keep_logits=keep_logits
+    )
+    n = 1
+    yield state, found
+    while n < max_new and not bool(found.done.all()):
+        limit = min(n + every, max_new)
+        state = with_room(state, limit - n)
+        limits = jnp.int32(limit)
+        state, found = advance(p, cfg, state, found, eos, knobs, limits, dtype=dtype, draw=draw)
+        n = int(found.step)
+        yield state, found

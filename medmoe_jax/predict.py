@@ -1,200 +1,284 @@
 """Answers to a file of questions: `python -m medmoe_jax.predict --model-path DIR --question-file F
 --image-folder D --answers-file OUT`.
 
-Reads the Med-MoE and LLaVA-Med JSON formats (the first question of each row is asked) and writes
-the official JSONL: question_id, prompt, text, answer_id, model_id, metadata.
+Reads the Med-MoE and LLaVA formats (`data/questions.py`; the first question of each row is asked)
+and writes the official JSONL: question_id, prompt, text, answer_id, model_id, metadata. A run that
+was killed goes on where it was. Exit status: 0, or 1 if questions could not be answered (their rows
+hold the reason) or nothing could be done at all.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import uuid
+import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from medmoe_jax import checkpoint, generate
-from medmoe_jax.config import ConfigError, ModelConfig
-from medmoe_jax.data import images, merge, problems, sources, templates, tokens
+from medmoe_jax import model as loaded
+from medmoe_jax.checkpoint import CheckpointError
+from medmoe_jax.config import ConfigError
+from medmoe_jax.convert.report import ConversionError
+from medmoe_jax.data import images, questions
+from medmoe_jax.data.problems import DataError
+from medmoe_jax.data.questions import Question
+from medmoe_jax.model import Model, Reply, Request
+from medmoe_jax.sampling import Sampling
 
-LENGTH_STEP = 32  # prompts are padded to a multiple, so that few programs are compiled
-CONTROLS = ("shown", "blank")
-
-
-@dataclass
-class Answerer:
-    """A loaded model with what it takes to ask it something."""
-
-    params: dict[str, Any]
-    model: ModelConfig
-    tokenizer: Any
-    spec: images.ImageSpec
-    template: str
-    dtype: Any
-
-    @classmethod
-    def load(cls, folder: Path, template: str, dtype: str, aspect: str = "pad") -> Answerer:
-        """Reads a model folder.
-
-        Args:
-          folder: made by `convert to-jax` or by a training phase.
-          template: of the conversation; '' = the one named like the language model.
-          dtype: of weights (router excepted) and computation.
-          aspect: 'pad' as in training, 'square' as the official evaluation crops.
-
-        Raises:
-          CheckpointError, DataError: the folder cannot be used.
-        """
-        params, meta = checkpoint.load_model(folder)
-        family = meta.model.llm.family
-        return cls(
-            jax.device_put(params),
-            meta.model,
-            tokens.load_tokenizer(folder / "tokenizer", family),
-            images.read_image_spec(folder / "preprocessor_config.json", aspect),
-            template or family,
-            jnp.dtype(dtype),
-        )
-
-    def answer(
-        self, questions: Sequence[str], pictures: Sequence[np.ndarray], max_new: int
-    ) -> list[tuple[str, float]]:
-        """Greedy answers to a batch.
-
-        Args:
-          questions: one a row.
-          pictures: one a row, uint8[K, H, W, 3] (K may be 0), shown before the question.
-          max_new: most tokens of an answer.
-
-        Returns:
-          (text, probability of the whole answer) for each row.
-        """
-        rows = []
-        for question, shown in zip(questions, pictures, strict=True):
-            text = templates.prompt(self.template, question, images=len(shown))
-            ids = tokens.encode_prompt(text, self.tokenizer)
-            rows.append(merge.expand(ids, None, self.model.vision.patches))
-        longest = max(len(row.tokens) for row in rows)
-        batch = merge.pad_rows(rows, -(-longest // LENGTH_STEP) * LENGTH_STEP)
-        most = max(1, *(len(shown) for shown in pictures))
-        size = self.spec.crop
-        stack = np.zeros((len(rows), most, size, size, 3), np.uint8)
-        for place, shown in enumerate(pictures):
-            stack[place, : len(shown)] = shown
-        left = generate.left_padded(batch | {"images": stack})
-        eos = jnp.asarray(self.tokenizer.eos_token_id)
-        out = jax.device_get(
-            generate.greedy(self.params, self.model, left, eos, max_new=max_new, dtype=self.dtype)
-        )
-        return [
-            (
-                self.tokenizer.decode(ids[:n], skip_special_tokens=True).strip(),
-                float(np.exp(total)),
-            )
-            for ids, n, total in zip(out.ids, out.lengths, out.log_probs, strict=True)
-        ]
+CONTROLS = ("shown", "blank", "noise", "shuffled")
+SHOWN_PROBLEMS = 10
 
 
-def blank(spec: images.ImageSpec) -> np.ndarray:
-    """An image that shows nothing: the mean colour, uint8[H, W, 3]."""
-    colour = np.array([round(255 * m) for m in spec.mean], np.uint8)
-    return np.broadcast_to(colour, (spec.crop, spec.crop, 3)).copy()
+def pixels(question: Question, folder: Path, spec: images.ImageSpec, control: str) -> np.ndarray:
+    """What is shown with a question, uint8[K, H, W, 3].
 
-
-def answers(
-    model: Answerer,
-    rows: Sequence[sources.Sample],
-    folder: Path,
-    *,
-    batch_size: int,
-    max_new: int,
-    control: str,
-) -> Iterator[tuple[sources.Sample, str, str, float]]:
-    """(row, question, answer, probability) for every row, batched by length; order as batched.
+    Args:
+      question: names its images.
+      folder: of the images.
+      spec: of the vision tower.
+      control: 'shown' or 'shuffled' (the names were exchanged before) reads the files, 'blank' is
+        the mean colour, 'noise' uniform noise that depends on the row only.
 
     Raises:
       DataError: an image cannot be read.
     """
-    order = sorted(rows, key=lambda s: (len(s.images), len(s.turns[0][1])))
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
-        asked = [s.turns[0][1].replace(templates.IMAGE_TOKEN, "").strip() for s in part]
-        shown = []
-        for sample in part:
-            pixels = [
-                blank(model.spec)
-                if control == "blank"
-                else images.load_image(images.find_image(folder, name), model.spec)
-                for name in sample.images
-            ]
-            size = model.spec.crop
-            shown.append(np.stack(pixels) if pixels else np.zeros((0, size, size, 3), np.uint8))
-        # A short last batch is filled up, so that it needs no program of its own.
-        fill = batch_size - len(part) if start else 0
-        found = model.answer(asked + asked[:1] * fill, shown + shown[:1] * fill, max_new)
-        for sample, question, (text, probability) in zip(part, asked, found, strict=False):
-            yield sample, question, text, probability
+    shape = (len(question.images), spec.crop, spec.crop, 3)
+    if control == "blank":
+        colour = np.array([round(255 * m) for m in spec.mean], np.uint8)
+        return np.broadcast_to(colour, shape).copy()
+    if control == "noise":
+        rng = np.random.default_rng(question.row)
+        return rng.integers(0, 256, shape, dtype=np.uint8)
+    found = [images.load_image(images.find_image(folder, name), spec) for name in question.images]
+    return np.stack(found) if found else np.zeros(shape, np.uint8)
 
 
-def predict(args: argparse.Namespace) -> None:
-    """Writes the answers of --question-file to --answers-file, in the order of the questions."""
-    loaded = sources.read_samples([args.question_file], args.image_folder, "error")
-    model = Answerer.load(args.model_path, args.conv_mode, args.dtype, args.image_aspect)
-    found = {}
-    bar = tqdm(total=len(loaded.samples), desc="predict", unit="question", dynamic_ncols=True)
-    stream = answers(
-        model,
-        loaded.samples,
-        args.image_folder,
-        batch_size=args.batch_size,
-        max_new=args.max_new_tokens,
-        control=args.images,
+def replies(
+    model: Model,
+    asked: Sequence[Question],
+    folder: Path,
+    how: Sampling,
+    *,
+    batch_size: int,
+    control: str = "shown",
+    score_options: bool = False,
+) -> Iterator[tuple[Question, Reply | DataError]]:
+    """Answers in batches of questions of like length, as they come.
+
+    Args:
+      model: that answers.
+      asked: questions.
+      folder: of the images.
+      how: settings of generation; each question draws from a key of its own, made from its id.
+      batch_size: questions answered at once.
+      control: see `pixels`.
+      score_options: also weigh the options of rows that have them.
+
+    Yields:
+      A question and its reply, or why it cannot be answered.
+    """
+
+    def request(question: Question) -> Request | DataError:
+        try:
+            shown = pixels(question, folder, model.spec, control)
+            options = question.options if score_options else ()
+            seed = zlib.crc32(str(question.id).encode())
+            ready = Request(question.text, shown, options, seed)
+            model.check_request(ready)
+            return ready
+        except DataError as error:
+            return error
+
+    order = sorted(asked, key=lambda q: (len(q.images), len(q.options), len(q.text), q.row))
+    parts = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        # The next batch's images are read while this one is answered.
+        reading = [pool.submit(request, q) for q in parts[0]] if parts else []
+        for number, part in enumerate(parts):
+            ready = [future.result() for future in reading]
+            following = parts[number + 1] if number + 1 < len(parts) else []
+            reading = [pool.submit(request, question) for question in following]
+            good = [(q, r) for q, r in zip(part, ready, strict=True) if isinstance(r, Request)]
+            if good:
+                answered = model.answer([r for _, r in good], how, min(batch_size, len(order)))
+                yield from zip([q for q, _ in good], answered, strict=True)
+            for question, fault in zip(part, ready, strict=True):
+                if isinstance(fault, DataError):
+                    yield question, fault
+
+
+def row(question: Question, reply: Reply | DataError, model_id: str, control: str) -> dict:
+    """The line of the answers file."""
+    metadata: dict[str, Any] = {"images": control}
+    if isinstance(reply, DataError):
+        metadata |= {"confidence": None, "router": None, "error": str(reply)}
+    else:
+        metadata |= {"confidence": reply.confidence, "router": reply.modality}
+        metadata |= {"tokens": len(reply.ids), "finished": reply.finished}
+        if reply.options is not None:
+            metadata["options"] = reply.options
+    return {
+        "question_id": question.id,
+        "prompt": question.text,
+        "text": "" if isinstance(reply, DataError) else reply.text,
+        "answer_id": uuid.uuid4().hex,
+        "model_id": model_id,
+        "metadata": metadata,
+    }
+
+
+class Progress:
+    """Lines already written by a run, in `OUT.partial`: its settings first, then a row each."""
+
+    def __init__(self, out: Path, settings: dict[str, Any]) -> None:
+        """Reads what an interrupted run with the same settings has left.
+
+        Raises:
+          DataError: there is a partial file of a run with other settings.
+        """
+        self.out, self.path = out, out.with_name(out.name + ".partial")
+        self.rows: dict[int, dict[str, Any]] = {}
+        out.parent.mkdir(parents=True, exist_ok=True)
+        found = self.path.read_bytes() if self.path.exists() else b""
+        # Behind the last line's end is nothing, or a line that was cut by the end of the process.
+        size = found.rfind(b"\n") + 1
+        whole = [json.loads(line) for line in found[:size].split(b"\n")[:-1]]
+        if len(whole) > 1 and whole[0] != settings:
+            changed = [key for key in settings if whole[0].get(key) != settings[key]]
+            raise DataError(
+                f"{self.path} was begun with other settings ({', '.join(changed)}); finish that "
+                "run, or delete the file to start anew"
+            )
+        for line in whole[1:]:
+            self.rows[line["row"]] = line["answer"]
+        if self.rows:
+            os.truncate(self.path, size)
+        else:
+            self.path.write_text(json.dumps(settings, ensure_ascii=False) + "\n", encoding="utf-8")
+        self.file = self.path.open("a", encoding="utf-8")
+
+    def add(self, number: int, answer: dict[str, Any]) -> None:
+        """Writes one answer down at once."""
+        self.rows[number] = answer
+        self.file.write(json.dumps({"row": number, "answer": answer}, ensure_ascii=False) + "\n")
+        self.file.flush()
+
+    def finish(self) -> None:
+        """Writes the answers file, in the order of the questions, and removes the partial one."""
+        self.file.close()
+        lines = [json.dumps(self.rows[n], ensure_ascii=False) + "\n" for n in sorted(self.rows)]
+        ready = self.out.with_name(self.out.name + ".ready")
+        ready.write_text("".join(lines), encoding="utf-8")
+        ready.replace(self.out)
+        self.path.unlink()
+
+
+def predict(args: argparse.Namespace) -> int:
+    """Writes the answers of --question-file to --answers-file, in the order of the questions.
+
+    Returns the number of questions that could not be answered.
+    """
+    if args.batch_size < 1:
+        raise ConfigError(f"--batch-size is {args.batch_size}; it must be 1 or more")
+    asked = questions.read_questions(args.question_file)
+    if args.images == "shuffled":
+        asked = questions.exchanged(asked, args.seed)
+    asked = questions.chunk(asked, args.num_chunks, args.chunk_idx)
+    how = Sampling(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        repetition_penalty=args.repetition_penalty,
+        beams=args.num_beams,
+        max_new_tokens=args.max_new_tokens,
+        stop=tuple(args.stop),
+        seed=args.seed,
     )
-    for sample, question, text, probability in stream:
-        found[sample.file, sample.row] = {
-            "question_id": sample.id,
-            "prompt": question,
-            "text": text,
-            "answer_id": uuid.uuid4().hex,
-            "model_id": str(args.model_path),
-            "metadata": {"confidence": probability, "images": args.images},
-        }
-        bar.update()
-    bar.close()
-    args.answers_file.parent.mkdir(parents=True, exist_ok=True)
-    with args.answers_file.open("w", encoding="utf-8") as file:
-        for sample in loaded.samples:
-            file.write(json.dumps(found[sample.file, sample.row], ensure_ascii=False) + "\n")
+    free = ("answers_file", "batch_size")  # may differ when a run goes on
+    settings = {k: str(v) for k, v in sorted(vars(args).items()) if k not in free}
+    settings["content"] = f"{zlib.crc32(args.question_file.read_bytes()):08x}"  # of the questions
+    progress = Progress(args.answers_file, settings)
+    rest = [q for q in asked if q.row not in progress.rows]
+    if len(rest) < len(asked):
+        print(f"{len(asked) - len(rest)} of {len(asked)} answers are there from an earlier run")
+    if rest:
+        model = loaded.load(
+            args.model_path,
+            template=args.conv_mode,
+            dtype=args.dtype,
+            aspect=args.image_aspect,
+            bits=args.bits,
+        )
+        stream = replies(
+            model,
+            rest,
+            args.image_folder,
+            how,
+            batch_size=args.batch_size,
+            control=args.images,
+            score_options=args.score_options,
+        )
+        bar = tqdm(
+            stream,
+            total=len(asked),
+            initial=len(asked) - len(rest),
+            desc="predict",
+            unit="question",
+            dynamic_ncols=True,
+        )
+        for question, reply in bar:
+            progress.add(question.row, row(question, reply, str(args.model_path), args.images))
+    progress.finish()
+    faults = [a for a in progress.rows.values() if "error" in a["metadata"]]
+    print(f"{len(progress.rows) - len(faults)} answers in {args.answers_file}")
+    for answer in faults[:SHOWN_PROBLEMS]:
+        print(f"not answered: {answer['question_id']}: {answer['metadata']['error']}")
+    if faults:
+        print(f"{len(faults)} questions were not answered; their rows hold the reason")
+    return len(faults)
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Answers a file of questions about images.")
+    add = parser.add_argument
+    add("--model-path", type=Path, required=True, help="a model folder or a PyTorch folder")
+    add("--question-file", type=Path, required=True, help="JSON or JSONL")
+    add("--image-folder", type=Path, required=True)
+    add("--answers-file", type=Path, required=True, help="JSONL to write")
+    add("--conv-mode", default="", help="phi or stablelm; default: the model's")
+    add("--temperature", type=float, default=0.0, help="0 = the likeliest answer")
+    add("--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0 = all")
+    add("--top-p", type=float, default=1.0, help="draw from the tokens that reach this probability")
+    add("--repetition-penalty", type=float, default=1.0)
+    add("--num-beams", type=int, default=1, help="above 1: beam search")
+    add("--max-new-tokens", type=int, default=256)
+    add("--stop", action="append", default=[], help="text at which an answer ends; repeatable")
+    add("--seed", type=int, default=0)
+    add("--num-chunks", type=int, default=1, help="parts of the file, answered by several runs")
+    add("--chunk-idx", type=int, default=0, help="the part to answer, from 0")
+    add("--batch-size", type=int, default=16)
+    add("--image-aspect", choices=("pad", "square"), default="pad")
+    add("--images", choices=CONTROLS, default="shown", help="what is shown instead of the image")
+    add("--score-options", action="store_true", help="weigh the options of rows that have them")
+    add("--bits", type=int, choices=(0, 4, 8), default=0, help="size of the weights; 0 = as saved")
+    add("--dtype", default="", help="default: float32 on a CPU, bfloat16 elsewhere")
+    return parser
 
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description="Answers a file of questions about images.")
-    parser.add_argument("--model-path", type=Path, required=True, help="a model folder")
-    parser.add_argument("--question-file", type=Path, required=True, help="JSON or JSONL")
-    parser.add_argument("--image-folder", type=Path, required=True)
-    parser.add_argument("--answers-file", type=Path, required=True, help="JSONL to write")
-    parser.add_argument("--conv-mode", default="", help="phi or stablelm; default: the model's")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--image-aspect", choices=("pad", "square"), default="pad")
-    parser.add_argument(
-        "--images", choices=CONTROLS, default="shown", help="'blank' shows an empty image instead"
-    )
-    parser.add_argument(
-        "--dtype", default="float32" if jax.default_backend() == "cpu" else "bfloat16"
-    )
     try:
-        predict(parser.parse_args())
-    except (ConfigError, checkpoint.CheckpointError, problems.DataError) as error:
+        sys.exit(1 if predict(arguments().parse_args()) else 0)
+    except (ConfigError, CheckpointError, ConversionError, DataError) as error:
         sys.exit(f"error: {error}")
 
 

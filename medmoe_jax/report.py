@@ -108,6 +108,13 @@ class Reporter:
             scalars |= {"lr": float(self._rate(number - 1)), "tokens_per_second": speed}
             self._writer.write(number, scalars | {"seconds": seconds, "data_seconds": waited})
 
+    def evaluated(self, number: int, figures: dict[str, float]) -> None:
+        """Writes the figures of an evaluation behind step `number`; its time is not the step's."""
+        self._writer.write(number, figures)
+        shown = ", ".join(f"{name} {value:.1f} %" for name, value in figures.items())
+        self._bar.write(f"step {number}: {shown}")
+        self._last = time.perf_counter()
+
     def close(self) -> None:
         """Closes the bar and the files."""
         self._bar.close()

@@ -31,6 +31,7 @@ from medmoe_jax import checkpoint, optim, resume, router, sharding, step, upcycl
 from medmoe_jax.config import ConfigError, ModelConfig, RunConfig
 from medmoe_jax.data import check, images, pipeline, problems, sources, tokens
 from medmoe_jax.report import NotFinite, Reporter
+from medmoe_jax.validation import Validation
 
 ON_DEVICE = ("tokens", "image_pos", "labels", "mask", "images", "modality")
 # The router decides in float32 whatever the rest of the model is stored in.
@@ -191,6 +192,7 @@ def train(cfg: RunConfig, workdir: Path) -> None:
     first = int(state.step)
 
     # --- loop ---
+    validation = Validation(cfg, model) if cfg.evaluation.every else None
     run_step = step.make_step(cfg, model, tx)
     reporter = Reporter(cfg, workdir, first, total, optim.schedule(cfg.optim, total), data.samples)
     with closing(checkpoints), closing(stream), closing(reporter), jax.set_mesh(mesh):
@@ -206,6 +208,9 @@ def train(cfg: RunConfig, workdir: Path) -> None:
             if number % cfg.log.save_every == 0 or number == total:
                 reporter.flush()
                 checkpoints.save(state, stream.get_state())
+            if validation and validation.due(number, total):
+                reporter.flush()
+                reporter.evaluated(number, validation(frozen | state.train))
     left_out = [*data.left_out, *stream.problems]
     problems.write_problems(left_out, workdir / "skipped.jsonl")
     if left_out:

@@ -39,7 +39,9 @@ def test_readings_weigh_answers(vocabulary: Path):
     read = phantom.readings(0, 30, checkpoints.ROUNDS)
     for row, weight, rounds in zip(ids, weights, read, strict=True):
         text = tokenizer.decode(row[weight > 0])
-        assert text.startswith(f"USER: {rounds[0][0]} ASSISTANT: {rounds[0][1]}<|endoftext|>")
+        assert text.startswith(
+            f"{templates.SYSTEM} USER: {rounds[0][0]} ASSISTANT: {rounds[0][1]}<|endoftext|>"
+        )
         learnt = tokenizer.decode(row[weight == checkpoints.ANSWER_WEIGHT])
         whole = "".join(f" {answer}<|endoftext|>" for _, answer in rounds)
         assert whole.startswith(learnt) and len(learnt) > len(whole) / 3

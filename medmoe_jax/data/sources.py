@@ -98,7 +98,7 @@ def read_rows(files: Sequence[str | Path], image_folder: str | Path) -> Loaded:
     loaded = Loaded([], [])
     checked: dict[str, str] = {}  # image -> what is wrong with it, '' = nothing
     for file in files:
-        for row, record, fault in _records(Path(file)):
+        for row, record, fault in records(Path(file)):
             try:
                 if fault:
                     raise DataError(fault)
@@ -159,7 +159,7 @@ def choose_per_modality(samples: Sequence[Sample], n: int, seed: int) -> list[Sa
     return [samples[i] for i in sorted(np.concatenate(chosen).tolist())]
 
 
-def _records(file: Path) -> Iterator[tuple[int, Any, str]]:
+def records(file: Path) -> Iterator[tuple[int, Any, str]]:
     """Number, content and '' of each row; a JSONL line that is no JSON comes as None, reason."""
     try:
         text = file.read_text(encoding="utf-8-sig")
@@ -183,7 +183,7 @@ def _records(file: Path) -> Iterator[tuple[int, Any, str]]:
 def _sample(record: Any, file: str, row: int, notes: Counter[str]) -> Sample:
     if not isinstance(record, dict):
         raise DataError(f"a row must be an object, not {type(record).__name__}")
-    images = _images(record.get("image"))
+    images = image_names(record.get("image"))
     turns = _turns(record)
     found = sum(text.count(IMAGE_TOKEN) for _, text in turns)
     if images and not found:
@@ -212,7 +212,7 @@ def _first(record: Any, keys: Sequence[str]) -> str:
     return ""
 
 
-def _images(value: Any) -> tuple[str, ...]:
+def image_names(value: Any) -> tuple[str, ...]:
     names = [] if value in (None, "") else value if isinstance(value, list) else [value]
     if not all(isinstance(name, str) and name for name in names):
         raise DataError(f"'image' must be a path or a list of paths, not {value!r}")

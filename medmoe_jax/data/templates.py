@@ -115,6 +115,25 @@ def prompt(template: str, messages: str | Sequence[str], images: int = 1) -> str
     return "".join(span.text for span in render(template, turns)) + "ASSISTANT:"
 
 
+def follow_up(template: str, question: str, images: int = 0) -> str:
+    """Text that goes on after an answer (and its end mark) and asks for the next one.
+
+    Args:
+      template: 'phi' or 'stablelm'.
+      question: <image> and outer white space are removed from it.
+      images: how many new images come before it.
+
+    Raises:
+      DataError: unknown template, or one that holds a single answer.
+    """
+    check_template(template)
+    if template == "plain":
+        raise DataError("template 'plain' holds one answer; use 'phi' or 'stablelm' to go on")
+    text = question.replace(IMAGE_TOKEN, "").strip()
+    asked = render(template, [(HUMAN, f"{IMAGE_TOKEN}\n" * images + text)])
+    return "".join(span.text for span in asked[1:]) + "ASSISTANT:"
+
+
 def stop_text(template: str) -> str:
     """The text at which an answer ends. Raises DataError on an unknown template."""
     check_template(template)

@@ -36,7 +36,7 @@ CHUNK = 100  # images a worker draws at once
 STUDIES_NAMED = 800  # whose texts make the tokenizer
 STUDIES_READ = 10000  # whose reports the language model reads
 ROUNDS = 8  # questions about a report
-LENGTH = 136  # tokens of a reading; what is longer is cut
+LENGTH = 152  # tokens of a reading; what is longer is cut
 ANSWER_WEIGHT = 5.0  # of an answer's token in the loss, against one of the report or a question
 
 
@@ -73,8 +73,7 @@ def readings(seed: int, n: int, template: str, tokenizer: Any) -> tuple[np.ndarr
     for row, rounds in enumerate(conversations):
         pairs = [((templates.HUMAN, asked), (templates.GPT, said)) for asked, said in rounds]
         spans = templates.render(template, [turn for pair in pairs for turn in pair])
-        # The system message is the same everywhere: the model meets it in stage 2.
-        encoded = tokens.encode(spans[1:], tokenizer)
+        encoded = tokens.encode(spans, tokenizer)
         size = min(len(encoded.ids), LENGTH)
         ids[row, :size] = encoded.ids[:size]
         learnt = np.array(encoded.labels[:size]) != tokens.IGNORE

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from medmoe_jax.config import LlmConfig, MoeConfig
-from medmoe_jax.models import layers
+from medmoe_jax.models import experts, layers
 from medmoe_jax.models.layers import Array, Leaf, Params
 
 
@@ -35,10 +35,10 @@ class Routing(NamedTuple):
 
 
 def router_leaves(
-    width: int, experts: int, depth: int, stack: tuple[int, ...] = ()
+    width: int, n_experts: int, depth: int, stack: tuple[int, ...] = ()
 ) -> dict[str, dict[str, Leaf]]:
     """Parameters fc1 .. fcDEPTH of a router: hidden layers keep `width`."""
-    outs = [width] * (depth - 1) + [experts]
+    outs = [width] * (depth - 1) + [n_experts]
     return {
         f"fc{i}": layers.linear_leaves(width, out, bias=True, stack=stack, std=width**-0.5)
         for i, out in enumerate(outs, start=1)
@@ -89,10 +89,10 @@ def route(logits: Array, top_k: int, counted: Array, noise_key: Array | None = N
       Routing; ties go to the lower index. The loss is E * sum_e mean(prob_e) * mean(first choice is
       e).
     """
-    experts = logits.shape[-1]
+    n_experts = logits.shape[-1]
     probs = jax.nn.softmax(logits, axis=-1)
     first = jnp.argmax(logits, axis=-1)
-    first_hot = jax.nn.one_hot(first, experts, dtype=jnp.float32)
+    first_hot = jax.nn.one_hot(first, n_experts, dtype=jnp.float32)
     p1 = jnp.take_along_axis(probs, first[..., None], -1)
     if top_k == 1:
         choice, weight = first[..., None], p1
@@ -108,7 +108,9 @@ def route(logits: Array, top_k: int, counted: Array, noise_key: Array | None = N
     share = counted.astype(jnp.float32)[..., None]
     total = jnp.maximum(share.sum(), 1.0)
     aux = (
-        experts * jnp.sum((probs * share).sum((0, 1)) * (first_hot * share).sum((0, 1))) / total**2
+        n_experts
+        * jnp.sum((probs * share).sum((0, 1)) * (first_hot * share).sum((0, 1)))
+        / total**2
     )
     return Routing(logits, choice, weight, aux)
 
@@ -117,25 +119,6 @@ def combine_weights(routing: Routing) -> Array:
     """f32[B, T, E]: weight of each expert's output, zero where not chosen."""
     hot = jax.nn.one_hot(routing.choice, routing.logits.shape[-1], dtype=jnp.float32)
     return (hot * routing.weight[..., None]).sum(-2)
-
-
-def experts_reference(p: Params, x: Array, routing: Routing) -> Array:
-    """sum_k w_k expert_k(x) by running every expert on every token: slow, obvious, right.
-
-    Args:
-      p: expert parameters with leading axis E.
-      x: [B, T, D].
-      routing: of the same tokens.
-
-    Returns:
-      [B, T, D] in the dtype of x.
-    """
-    weights = combine_weights(routing).astype(x.dtype)
-    y = jnp.zeros_like(x)
-    for e in range(weights.shape[-1]):
-        expert = jax.tree.map(lambda a, e=e: a[e], p)
-        y += weights[..., e, None] * layers.mlp(expert, x)
-    return y
 
 
 def moe_layer(
@@ -160,7 +143,9 @@ def moe_layer(
     chex.assert_equal_shape_prefix([x, counted], 2)
     with jax.named_scope("moe"):
         routing = route(router_logits(p["router"], x), cfg.top_k, counted, noise_key)
-        y = experts_reference(p["experts"], x, routing)
+        y = experts.mixture(
+            p["experts"], x, routing.choice, routing.weight, routing.logits.shape[-1]
+        )
         if not cfg.meta:
             return y, routing
         meta = layers.mlp(p["meta"], x)

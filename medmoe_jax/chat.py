@@ -1,0 +1,180 @@
+"""A conversation in the terminal: `python -m medmoe_jax.chat --model-path DIR --image FILE`.
+
+A line is a question, or a command:
+
+    /image FILE   show an image with the next question (may be given several times)
+    /reset        forget the conversation and its images
+    /save FILE    write the conversation as JSON
+    /help, /quit
+
+Works piped as well: `echo "Is there a lesion?" | python -m medmoe_jax.chat ...`; the exit status is
+then 1 if a line could not be answered.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from medmoe_jax import model as loaded
+from medmoe_jax.checkpoint import CheckpointError
+from medmoe_jax.config import ConfigError
+from medmoe_jax.conversation import Chat
+from medmoe_jax.convert.report import ConversionError
+from medmoe_jax.data.problems import DataError
+from medmoe_jax.model import Model, Reply
+from medmoe_jax.sampling import Sampling
+
+NOTICE = "For research only: not for clinical use. The answers can be wrong."
+HELP = "a question, or /image FILE, /reset, /save FILE, /help, /quit"
+
+
+def certainty(reply: Reply) -> str:
+    """One line on how sure the model is, and what the router takes the images for."""
+    line = f"confidence {reply.confidence:.0%}"
+    if reply.modality:
+        name, share = max(reply.modality.items(), key=lambda item: item[1])
+        line += f", modality {name} {share:.0%}"
+    if not reply.finished:
+        line += ", cut at --max-new-tokens"
+    return f"[{line}]"
+
+
+class Session:
+    """Reads lines, writes answers."""
+
+    def __init__(self, model: Model, how: Sampling, out: TextIO) -> None:
+        self.chat: Chat = model.chat(how)
+        self.out = out
+        self.waiting: list[tuple[str, np.ndarray]] = []  # images for the next question
+        self.history: list[dict[str, Any]] = []
+        self.faults = 0
+
+    def line(self, text: str) -> bool:
+        """Handles one line; False: the session is over. What goes wrong is said, not raised."""
+        word, _, rest = text.strip().partition(" ")
+        try:
+            if word == "/quit":
+                return False
+            if word == "/image":
+                self.show(rest.strip())
+            elif word == "/reset":
+                self.chat.reset()
+                self.waiting, self.history = [], []
+                self.say("the conversation is forgotten")
+            elif word == "/save":
+                self.save(rest.strip())
+            elif word == "/help":
+                self.say(HELP)
+            elif word.startswith("/"):
+                raise DataError(f"unknown command {word}; type {HELP}")
+            elif word:
+                self.ask(text.strip())
+        except (DataError, OSError) as error:
+            self.faults += 1
+            self.say(f"error: {error}")
+        return True
+
+    def say(self, text: str, end: str = "\n") -> None:
+        print(text, end=end, file=self.out, flush=True)
+
+    def show(self, file: str) -> None:
+        """Reads an image for the next question."""
+        if not file:
+            raise DataError("/image needs a file")
+        self.waiting.append((file, self.chat.model.pixels(file)[0]))
+        self.say(f"{file} is shown with the next question")
+
+    def ask(self, question: str) -> None:
+        """Streams the answer."""
+        shown = [pixels for _, pixels in self.waiting]
+        for piece in self.chat.stream(question, shown):
+            self.say(piece, end="")
+        reply = self.chat.reply
+        assert reply is not None
+        self.say(f"\n{certainty(reply)}")
+        self.history.append(
+            {
+                "images": [file for file, _ in self.waiting],
+                "question": question,
+                "answer": reply.text,
+                "confidence": reply.confidence,
+                "router": reply.modality,
+            }
+        )
+        self.waiting = []
+
+    def save(self, file: str) -> None:
+        """Writes the turns since the last reset."""
+        if not file:
+            raise DataError("/save needs a file")
+        Path(file).write_text(
+            json.dumps({"notice": NOTICE, "turns": self.history}, indent=1, ensure_ascii=False)
+            + "\n",
+            encoding="utf-8",
+        )
+        self.say(f"{len(self.history)} turns in {file}")
+
+
+def run(session: Session, lines: Iterable[str]) -> int:
+    """Handles all lines; returns the number of those that failed."""
+    for line in lines:
+        if not session.line(line):
+            break
+    return session.faults
+
+
+def typed() -> Iterable[str]:
+    """Lines from the keyboard until the end of input."""
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            return
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model-path", type=Path, required=True, help="a model folder or a PyTorch folder")
+    add("--image", action="append", default=[], help="shown with the first question; repeatable")
+    add("--conv-mode", default="", help="phi or stablelm; default: the model's")
+    add("--temperature", type=float, default=0.0, help="0 = the likeliest answer")
+    add("--top-p", type=float, default=1.0)
+    add("--max-new-tokens", type=int, default=256)
+    add("--seed", type=int, default=0)
+    add("--bits", type=int, choices=(0, 4, 8), default=0, help="size of the weights; 0 = as saved")
+    add("--dtype", default="", help="default: float32 on a CPU, bfloat16 elsewhere")
+    args = parser.parse_args()
+    print(NOTICE, flush=True)
+    try:
+        how = Sampling(
+            temperature=args.temperature,
+            top_p=args.top_p,
+            max_new_tokens=args.max_new_tokens,
+            seed=args.seed,
+        )
+        model = loaded.load(
+            args.model_path, template=args.conv_mode, dtype=args.dtype, bits=args.bits
+        )
+        session = Session(model, how, sys.stdout)
+        for file in args.image:
+            session.show(file)
+    except (ConfigError, CheckpointError, ConversionError, DataError) as error:
+        sys.exit(f"error: {error}")
+    by_hand = sys.stdin.isatty()
+    faults = run(session, typed() if by_hand else sys.stdin)
+    sys.exit(1 if faults and not by_hand else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""A conversation of several turns: the cache of the earlier ones is used again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import jax.numpy as jnp
+import numpy as np
+
+from medmoe_jax import generate
+from medmoe_jax.config import ConfigError
+from medmoe_jax.data import merge, templates, tokens
+from medmoe_jax.responder import EVERY_STOP, UNFINISHED, Pictures, Reply, Responder
+from medmoe_jax.sampling import Sampling
+
+
+@dataclass
+class Chat:
+    """Questions and answers about images, one after the other.
+
+    Attributes:
+      model: that answers.
+      sampling: settings; beam search is not available here.
+      turns: question, answer, question, ...
+      reply: the last answer with its confidence and modality posterior.
+    """
+
+    model: Responder
+    sampling: Sampling
+    turns: list[str] = field(default_factory=list)
+    reply: Reply | None = None
+    _state: generate.State | None = None
+    _pending: list[int] = field(default_factory=list)  # ids said that the cache does not hold
+    _modality: dict[str, float] | None = None  # of the last images shown
+
+    def __post_init__(self) -> None:
+        if self.sampling.beams > 1:
+            raise ConfigError("a conversation has no beam search; set sampling.beams to 1")
+
+    def reset(self) -> None:
+        """Forgets everything that was said and shown."""
+        self.turns, self.reply, self._state, self._pending = [], None, None, []
+        self._modality = None
+
+    def ask(self, question: str, pictures: Pictures = None) -> Reply:
+        """The answer to the next question; `pictures` are shown before it."""
+        for _ in self._answers(question, pictures, EVERY_STOP):
+            pass
+        assert self.reply is not None
+        return self.reply
+
+    def stream(self, question: str, pictures: Pictures = None) -> Iterator[str]:
+        """The same, piece by piece; the pieces joined are `reply.text`.
+
+        A piece never ends within a character, nor with the beginning of a stop text.
+        """
+        said = ""
+        for text in self._answers(question, pictures, 1):
+            whole = self._held_back(text)
+            if len(whole) > len(said):
+                yield whole[len(said) :]
+                said = whole
+        assert self.reply is not None
+        if len(self.reply.text) > len(said):
+            yield self.reply.text[len(said) :]
+
+    def _held_back(self, text: str) -> str:
+        """The part of a growing answer that cannot change any more."""
+        text = text.rstrip(UNFINISHED)
+        for stop in self.sampling.stop:
+            overlap = max(n for n in range(len(stop)) if text.endswith(stop[:n]))
+            text = text[: len(text) - overlap]
+        # White space at the end is cut off if the answer ends here.
+        return text.rstrip()
+
+    def _answers(self, question: str, pictures: Pictures, every: int) -> Iterator[str]:
+        """Texts of the answer as it grows; the turn is written down at the end, also where the
+        caller stops listening."""
+        model, how = self.model, self.sampling
+        state = self._read(question, model.pixels(pictures))
+        start, reply = int(state.end), None
+        used = None if state.used is None else np.array(state.used)
+        pairs = model.running(state, how, [len(self.turns)], every)
+        try:
+            for latest, found in pairs:
+                state = latest
+                reply = model.replies(found, how)[0]
+                yield reply.text
+                if reply.finished:
+                    break
+        finally:
+            if reply is None:
+                self.reset()
+            else:
+                self._write_down(question, reply, state, start, used)
+
+    def _read(self, question: str, shown: np.ndarray) -> generate.State:
+        """The question behind what the cache holds."""
+        model = self.model
+        if self._state is None:
+            text, before, places = templates.prompt(model.template, question, len(shown)), [], 0
+        else:
+            text = templates.follow_up(model.template, question, len(shown))
+            before, places = self._pending, int(self._state.count[0])
+        ids = before + tokens.encode_prompt(text, model.tokenizer)
+        row = merge.expand(ids, None, model.config.vision.patches)
+        model.check_length(places + len(row.tokens))
+        batch = model.batch([row], [shown])
+        length = batch["tokens"].shape[1]
+        if self._state is None:
+            penalised = self.sampling.repetition_penalty != 1.0
+            state = generate.empty(model.config, 1, length, model.dtype, penalised)
+        else:
+            state = generate.with_room(self._state, length)
+        state, posterior = generate.extend(model.params, model.config, state, batch, model.dtype)
+        if posterior is not None and (len(shown) or self._state is None):
+            self._modality = model.modality(posterior[0])
+        return state
+
+    def _write_down(
+        self,
+        question: str,
+        reply: Reply,
+        state: generate.State,
+        start: int,
+        used: np.ndarray | None,
+    ) -> None:
+        """Keeps the turn; of an answer cut at a stop text the cache keeps nothing, and what is left
+        of it is read with the next question."""
+        end, held = self.model.tokenizer.eos_token_id, int(state.end) - start
+        if reply.ids[-1] == end:
+            ids, kept = [*reply.ids], min(held, len(reply.ids))
+        elif reply.finished:
+            ids, kept = self.model.answer_ids(reply.text.replace(templates.IMAGE_TOKEN, "")), 0
+        else:
+            ids, kept = [*reply.ids, end], min(held, len(reply.ids))
+        state = generate.rewind(state, held - kept)
+        if used is not None:  # the state's own knows the ids that were cut off as well
+            used[:, ids[:kept]] = True
+            state = state._replace(used=jnp.asarray(used))
+        self._state, self._pending = state, ids[kept:]
+        self.reply = replace(reply, modality=self._modality)
+        self.turns += [question, reply.text]

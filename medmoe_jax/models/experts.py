@@ -1,0 +1,164 @@
+"""sum_k w_k expert_k(x): a slow, obvious form and the ones that run, with the same parameters.
+
+The experts' parameters are stacked ([E, ...] leaves) or a tuple of E trees. The second form is what
+`decoder.unstack` makes for generation: an expert can then be read without copying it first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from medmoe_jax.models import layers
+from medmoe_jax.models.layers import Array, Params
+
+Experts = Params | tuple[Params, ...]
+FEW = 64  # (token, expert) pairs up to which only the bytes of the weights matter
+BUCKET = 64  # pairs by which the static sizes of an expert's group differ at least
+BUCKETS = 8  # most static sizes of a group, beside the empty one
+
+
+def expert(p: Experts, e: int) -> Params:
+    """The parameters of expert `e`."""
+    return p[e] if isinstance(p, tuple) else jax.tree.map(lambda a: a[e], p)
+
+
+def reference(p: Experts, x: Array, choice: Array, weight: Array, n_experts: int) -> Array:
+    """Runs every expert on every token: slow, obvious, right.
+
+    Args:
+      p: expert parameters.
+      x: [B, T, D].
+      choice: i32[B, T, K], the chosen experts.
+      weight: f32[B, T, K], their weights.
+      n_experts: E.
+
+    Returns:
+      [B, T, D] in the dtype of x.
+    """
+    y = jnp.zeros_like(x)
+    for e in range(n_experts):
+        share = jnp.where(choice == e, weight, 0.0).sum(-1, keepdims=True)
+        y += share.astype(x.dtype) * layers.mlp(expert(p, e), x)
+    return y
+
+
+def group_sizes(pairs: int) -> list[int]:
+    """Static sizes of an expert's group among `pairs` (token, expert) pairs: 0, ..., pairs."""
+    n = 1 if pairs <= FEW else min(BUCKETS, -(-pairs // BUCKET))
+    return [-(-pairs * i // n) for i in range(n + 1)]
+
+
+def grouped(p: Experts, x: Array, choice: Array, weight: Array, n_experts: int) -> Array:
+    """Each expert on its own tokens, padded to the next of a few static sizes (`group_sizes`).
+
+    No token is dropped: the largest size holds all of them. An expert that nobody chose is not
+    read. Arguments and result as in `reference`.
+    """
+    b, t, d = x.shape
+    k = choice.shape[-1]
+    order = jnp.argsort(choice.reshape(-1), stable=True)
+    counts = jnp.bincount(choice.reshape(-1), length=n_experts)
+    rows = x.reshape(b * t, d)[order // k]
+    y = _sorted_rows(tuple(expert(p, e) for e in range(n_experts)), rows, counts)
+    share = weight.reshape(-1)[order].astype(x.dtype)
+    return jnp.zeros((b * t, d), x.dtype).at[order // k].add(share[:, None] * y).reshape(x.shape)
+
+
+Slices = Callable[[Array], Array]  # [M + largest size, ...] -> the rows of one group, padded
+
+
+def _by_group(
+    n: int, counts: Array, run: Callable[[int, int, Slices, Array, Any], Any], start: Any
+) -> Any:
+    """Folds run(expert, size, slices, place, carry) over the groups of `n` sorted rows.
+
+    `size` is the static size of the expert's group, `place` where it begins; the carry of an empty
+    group is left alone.
+    """
+    sizes, carry = group_sizes(n), start
+    places = jnp.cumsum(counts) - counts
+    for e in range(len(counts)):
+
+        def branch(size: int, e: int = e) -> Callable[[Any], Any]:
+            def slices(a: Array) -> Array:
+                rows = jax.lax.dynamic_slice_in_dim(a, places[e], size)
+                # Rows of the next group are in the slice as well.
+                return jnp.where((jnp.arange(size) < counts[e])[:, None], rows, 0)
+
+            return lambda value: run(e, size, slices, places[e], value)
+
+        bucket = (counts[e] > jnp.asarray(sizes[:-1])).sum()
+        branches = [lambda value: value, *map(branch, sizes[1:])]
+        carry = jax.lax.switch(bucket, branches, carry)
+    return carry
+
+
+def _add(total: Array, place: Array, rows: Array) -> Array:
+    """total with `rows` added from `place` on."""
+    before = jax.lax.dynamic_slice_in_dim(total, place, len(rows))
+    return jax.lax.dynamic_update_slice_in_dim(total, before + rows, place, 0)
+
+
+@jax.custom_vjp
+def _sorted_rows(p: tuple[Params, ...], rows: Array, counts: Array) -> Array:
+    """Expert outputs of rows [M, D] that are sorted by expert; counts i32[E] rows for each.
+
+    The derivative is written out because that of `lax.switch` keeps what every branch would need,
+    filled with zeros, which costs more than the products. It computes the hidden layer again.
+    """
+    # A group's slice may reach past the last row: it must not be moved back by clamping.
+    padded = jnp.pad(rows, ((0, len(rows)), (0, 0)))
+
+    def run(e: int, size: int, slices: Slices, place: Array, y: Array) -> Array:
+        mine = (jnp.arange(size) < counts[e])[:, None]
+        return _add(y, place, jnp.where(mine, layers.mlp(p[e], slices(padded)), 0))
+
+    return _by_group(len(rows), counts, run, jnp.zeros_like(padded))[: len(rows)]
+
+
+def _forward(p: tuple[Params, ...], rows: Array, counts: Array) -> tuple[Array, Any]:
+    return _sorted_rows(p, rows, counts), (p, rows, counts)
+
+
+def _backward(kept: Any, dy: Array) -> tuple[Any, Array, None]:
+    p, rows, counts = kept
+    padded, dy = (jnp.pad(a, ((0, len(rows)), (0, 0))) for a in (rows, dy))
+    dp: list[Params] = [jax.tree.map(jnp.zeros_like, one) for one in p]
+
+    def run(e: int, _: int, slices: Slices, place: Array, carry: Any) -> Any:
+        dx, dp = carry
+        _, pull = jax.vjp(layers.mlp, p[e], slices(padded))
+        mine, drows = pull(slices(dy))
+        return _add(dx, place, drows), (*dp[:e], mine, *dp[e + 1 :])
+
+    dx, dp = _by_group(len(rows), counts, run, (jnp.zeros_like(padded), tuple(dp)))
+    return dp, dx[: len(rows)], None
+
+
+_sorted_rows.defvjp(_forward, _backward)
+
+
+def mixture(p: Experts, x: Array, choice: Array, weight: Array, n_experts: int) -> Array:
+    """The form for the platform, the number of devices and the number of tokens.
+
+    For a few tokens, as in decoding, `grouped` reads the chosen experts' weights only, on every
+    platform. For many it is the fastest form on a CPU (measured against `ragged_dot` and blocks);
+    elsewhere its branches would all take memory at once.
+    """
+    if jax.sharding.get_abstract_mesh().size > 1:
+        return reference(p, x, choice, weight, n_experts)
+    if choice.size <= FEW:
+        return grouped(p, x, choice, weight, n_experts)
+    return jax.lax.platform_dependent(
+        p,
+        x,
+        choice,
+        weight,
+        cpu=partial(grouped, n_experts=n_experts),
+        default=partial(reference, n_experts=n_experts),
+    )

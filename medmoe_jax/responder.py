@@ -1,0 +1,298 @@
+"""From questions and images to replies: prompts in batches on the device, texts from their ids.
+
+The public class on top of it is `model.Model`; `conversation.py` is the chat.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from medmoe_jax import beam, generate, sampling
+from medmoe_jax.config import MODALITIES, ModelConfig
+from medmoe_jax.data import images, merge, templates, tokens
+from medmoe_jax.data.problems import DataError
+from medmoe_jax.sampling import Sampling
+
+Picture = str | Path | Image.Image | np.ndarray
+Pictures = Picture | Sequence[Picture] | None
+
+EVERY = 128  # ids between two looks at the device where nothing waits for them
+EVERY_STOP = 16  # the same where stop texts are searched for
+UNFINISHED = "\ufffd"  # what a cut UTF-8 sequence decodes to
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer.
+
+    Attributes:
+      text: without the end mark and stop texts.
+      ids: of the tokens, the end included where there is one.
+      log_probs: of each id by the model's own scores, whatever the sampling settings are.
+      finished: ended by itself or by a stop text, not by its length.
+      modality: the router's posterior over the modalities ("expert 0", ... where the experts are
+        not the four modalities); None in a dense model.
+      options: probability of each given option among them; None where none were given.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    log_probs: tuple[float, ...]
+    finished: bool
+    modality: dict[str, float] | None
+    options: dict[str, float] | None = None
+
+    @property
+    def confidence(self) -> float:
+        """Probability of the whole answer, 0 to 1."""
+        return math.exp(sum(self.log_probs))
+
+
+@dataclass(frozen=True)
+class Request:
+    """One row of a batch.
+
+    Attributes:
+      question: without <image>.
+      pictures: uint8[K, H, W, 3], shown before the question; K may be 0.
+      options: answers to score.
+      seed: of the row's draws.
+    """
+
+    question: str
+    pictures: np.ndarray
+    options: tuple[str, ...] = ()
+    seed: int = 0
+
+
+@dataclass
+class Responder:
+    """Parameters with what it takes to ask something."""
+
+    params: dict[str, Any]  # from generate.for_generation
+    config: ModelConfig
+    tokenizer: Any
+    spec: images.ImageSpec
+    template: str
+    dtype: Any
+
+    def request(
+        self, question: str, pictures: Pictures, options: Sequence[str] = (), seed: int = 0
+    ) -> Request:
+        """A row of a batch; images are read here."""
+        return Request(question, self.pixels(pictures), tuple(options), seed)
+
+    def pixels(self, pictures: Pictures) -> np.ndarray:
+        """uint8[K, H, W, 3] as the vision tower takes them.
+
+        Raises:
+          DataError: a file that cannot be read, or an array that is no image.
+        """
+        if pictures is None:
+            shown: Sequence[Picture] = ()
+        elif isinstance(pictures, (str, Path, Image.Image, np.ndarray)):
+            shown = (pictures,)
+        else:
+            shown = pictures
+        size = self.spec.crop
+        empty = np.zeros((0, size, size, 3), np.uint8)
+        return np.stack([self._pixels(p) for p in shown]) if shown else empty
+
+    def _pixels(self, picture: Picture) -> np.ndarray:
+        if isinstance(picture, (str, Path)):
+            return images.load_image(picture, self.spec)
+        if isinstance(picture, np.ndarray):
+            coloured = picture.ndim == 2 or (picture.ndim == 3 and picture.shape[2] in (3, 4))
+            if picture.dtype != np.uint8 or not coloured or not picture.size:
+                raise DataError(
+                    f"an image is {picture.dtype}{list(picture.shape)}; give uint8[H, W, 3]"
+                )
+            picture = Image.fromarray(picture)
+        if not isinstance(picture, Image.Image):
+            raise DataError(
+                f"an image is a {type(picture).__name__}; give a file, a PIL image or an array"
+            )
+        return images.fit(images.to_rgb(picture), self.spec)
+
+    def answer(
+        self, requests: Sequence[Request], sampling: Sampling | None = None, rows: int = 0
+    ) -> list[Reply]:
+        """Replies to one batch, in its order. A batch of fewer than `rows` is filled up, so that it
+        needs no program of its own."""
+        how = sampling or Sampling()
+        seeds = [r.seed for r in requests]
+        room = min(EVERY, how.max_new_tokens)
+        state, posterior = self.read(requests, room, how, rows)
+        scored = any(r.options for r in requests)
+        options = self._score_options(requests, state) if scored else None
+        if how.beams > 1:
+            end = self.tokenizer.eos_token_id
+            best = beam.search(self.params, self.config, state, end, how, self.dtype)
+            done = [self._reply(*row, how) for row in best[: len(requests)]]
+        else:
+            pairs = self.running(state, how, seeds, EVERY_STOP if how.stop else EVERY)
+            done = []
+            for _, found in pairs:
+                done = self.replies(found, how)[: len(requests)]
+                if all(reply.finished for reply in done):
+                    break
+        return [
+            self._complete(reply, request, row, posterior, options)
+            for row, (reply, request) in enumerate(zip(done, requests, strict=True))
+        ]
+
+    def _complete(
+        self, reply: Reply, request: Request, row: int, posterior: Any, options: Any
+    ) -> Reply:
+        """The reply with what is known beside its text."""
+        shares = None
+        if request.options:
+            scores = np.asarray(options[row])
+            weights = np.exp(scores - scores.max())
+            shares = dict(zip(request.options, (weights / weights.sum()).tolist(), strict=True))
+        modality = None if posterior is None else self.modality(posterior[row])
+        return replace(reply, modality=modality, options=shares)
+
+    def read(
+        self, requests: Sequence[Request], room: int, how: Sampling | None = None, rows: int = 0
+    ) -> tuple[generate.State, Any]:
+        """Prompts of a batch on the device, filled up to `rows` or a power of two: the state and
+        the router's posterior."""
+        prompts = [self._prompt(request) for request in requests]
+        batch = self.batch(prompts, [request.pictures for request in requests], rows)
+        penalised = how is not None and how.repetition_penalty != 1.0
+        return generate.read(
+            self.params, self.config, batch, dtype=self.dtype, room=room, penalised=penalised
+        )
+
+    def check_request(self, request: Request) -> None:
+        """Raises DataError where a prompt does not fit the model, or its options are none."""
+        self._prompt(request)
+
+    def _prompt(self, request: Request) -> merge.Merged:
+        for place, option in enumerate(request.options):
+            if not option.strip() or templates.IMAGE_TOKEN in option:
+                raise DataError(f"the option {option!r} is no text that could be an answer")
+            if option in request.options[:place]:
+                raise DataError(f"the option {option!r} is given twice")
+        text = templates.prompt(self.template, request.question, len(request.pictures))
+        return self.expand(text)
+
+    def expand(self, text: str) -> merge.Merged:
+        """A prompt in merged coordinates."""
+        ids = tokens.encode_prompt(text, self.tokenizer)
+        row = merge.expand(ids, None, self.config.vision.patches)
+        self.check_length(len(row.tokens))
+        return row
+
+    def check_length(self, places: int) -> None:
+        """Raises DataError where a conversation is longer than the model's positions."""
+        most = self.config.llm.max_positions
+        if places >= most:
+            raise DataError(
+                f"the conversation has {places} tokens, images included; the model has {most} "
+                "positions. Ask less at once, or start anew"
+            )
+
+    def batch(
+        self, prompts: Sequence[merge.Merged], pictures: Sequence[np.ndarray], rows: int = 0
+    ) -> dict[str, np.ndarray]:
+        """Left-padded arrays of static size; rows beyond the given ones are padding."""
+        many = rows if rows >= len(prompts) else 1 << (len(prompts) - 1).bit_length()
+        length = generate.bucket(max(len(prompt.tokens) for prompt in prompts))
+        batch = merge.pad_rows(prompts, length)
+        batch = {
+            k: np.pad(batch[k], ((0, many - len(prompts)), (0, 0)), constant_values=fill)
+            for k, fill in (("tokens", 0), ("image_pos", -1), ("mask", False))
+        }
+        most = max(len(shown) for shown in pictures)
+        if most:
+            size = self.spec.crop
+            stack = np.zeros((many, 1 << (most - 1).bit_length(), size, size, 3), np.uint8)
+            for place, shown in enumerate(pictures):
+                stack[place, : len(shown)] = shown
+            batch["images"] = stack
+        return generate.left_padded(batch)
+
+    def running(
+        self, state: generate.State, how: Sampling, seeds: Sequence[int], every: int
+    ) -> Iterator[tuple[generate.State, generate.Answers]]:
+        """`generate.answers` with this model's parameters; `seeds` of the rows that count."""
+        filler = [0] * (len(state.count) - len(seeds))
+        return generate.answers(
+            self.params,
+            self.config,
+            state,
+            jnp.int32(self.tokenizer.eos_token_id),
+            sampling.knobs(how, [*seeds, *filler]),
+            max_new=how.max_new_tokens,
+            every=every,
+            dtype=self.dtype,
+            draw=how.temperature > 0,
+        )
+
+    def replies(self, found: generate.Answers, how: Sampling) -> list[Reply]:
+        """What was said so far, cut at stop texts."""
+        ids, log_probs, lengths = jax.device_get((found.ids, found.log_probs, found.lengths))
+        return [
+            self._reply(row[:n].tolist(), probs[:n].tolist(), how)
+            for row, probs, n in zip(ids, log_probs, lengths, strict=True)
+        ]
+
+    def _reply(self, ids: Sequence[int], log_probs: Sequence[float], how: Sampling) -> Reply:
+        ended = bool(ids) and ids[-1] == self.tokenizer.eos_token_id
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        if any(stop in text for stop in how.stop):
+            # The ids up to the one that completes a stop text; those behind it play no part.
+            for n in range(1, len(ids) + 1):
+                text = self.tokenizer.decode(ids[:n], skip_special_tokens=True)
+                places = [place for stop in how.stop if (place := text.find(stop)) >= 0]
+                if places:
+                    ids, log_probs, text, ended = ids[:n], log_probs[:n], text[: min(places)], True
+                    break
+        return Reply(text.strip(), tuple(ids), tuple(log_probs), ended, None)
+
+    def modality(self, posterior: Any) -> dict[str, float]:
+        """The router's posterior, f32[E], by name."""
+        values = np.asarray(posterior).tolist()
+        names = MODALITIES if len(values) == len(MODALITIES) else None
+        return {names[i] if names else f"expert {i}": p for i, p in enumerate(values)}
+
+    def _score_options(
+        self, requests: Sequence[Request], state: generate.State
+    ) -> list[list[float]]:
+        """Log-likelihood of every option of every row, prompts being read once."""
+        each = [[self.answer_ids(option) for option in r.options] for r in requests]
+        most = max(map(len, each))
+        many = 1 << (most - 1).bit_length()
+        longest = max(len(ids) for row in each for ids in row)
+        length = generate.bucket(longest)
+        shape = (len(state.count) * many, length)
+        batch = {
+            "tokens": np.zeros(shape, np.int32),
+            "image_pos": np.full(shape, -1, np.int32),
+            "mask": np.zeros(shape, bool),
+        }
+        for row, options in enumerate(each):
+            for place, ids in enumerate(options):
+                batch["tokens"][row * many + place, : len(ids)] = ids
+                batch["mask"][row * many + place, : len(ids)] = True
+        repeated = generate.with_room(generate.repeat(state, many), length)
+        scores, _ = generate.score(self.params, self.config, repeated, batch, self.dtype)
+        table = np.asarray(scores).reshape(-1, many)
+        return [table[row, : len(options)].tolist() for row, options in enumerate(each)]
+
+    def answer_ids(self, answer: str) -> list[int]:
+        """Ids of an answer with its end mark, as they come behind a prompt; none for no text."""
+        turns = ((templates.HUMAN, ""), (templates.GPT, answer))
+        spans = [span for span in templates.render(self.template, turns) if span.answer]
+        return tokens.encode(spans, self.tokenizer).ids

@@ -1,0 +1,69 @@
+"""Evaluation during training: the questions of a named split are answered with the weights of the
+moment, as `predict` and `evaluate` do it for a finished model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
+
+from medmoe_jax import generate, predict
+from medmoe_jax.config import ModelConfig, RunConfig
+from medmoe_jax.data import images, questions, sources, tokens
+from medmoe_jax.evaluation.report import report
+from medmoe_jax.model import PARTS, Model
+from medmoe_jax.sampling import Sampling
+
+
+class Validation:
+    """Answers and scores the rows of `config.evaluation`."""
+
+    def __init__(self, cfg: RunConfig, model: ModelConfig) -> None:
+        """Reads the questions; nothing is loaded onto the device.
+
+        Raises:
+          DataError: the file cannot be read.
+        """
+        self.cfg, self.model, wanted = cfg, model, cfg.evaluation
+        asked = questions.read_questions(wanted.file)
+        self.asked = asked[: wanted.rows] if wanted.rows else asked
+        rows = {number: record for number, record, _ in sources.records(Path(wanted.file))}
+        self.rows = [rows[question.row] for question in self.asked]
+        self.folder = Path(wanted.image_folder or cfg.data.image_folder)
+        init = Path(cfg.init)
+        self.tokenizer = tokens.load_tokenizer(init / "tokenizer", model.llm.family)
+        self.spec = images.read_image_spec(init / "preprocessor_config.json", cfg.data.image_aspect)
+
+    def due(self, step: int, total: int) -> bool:
+        """Whether to evaluate behind this step: every N-th and the last one."""
+        return step % self.cfg.evaluation.every == 0 or step == total
+
+    def __call__(self, flat: dict[str, Any]) -> dict[str, float]:
+        """The figures of `evaluate`, percent, under "SPLIT/figure".
+
+        Args:
+          flat: all parameters, path -> array.
+        """
+        wanted, tree = self.cfg.evaluation, unflatten_dict(flat, sep="/")
+        ready = generate.for_generation({part: tree[part] for part in PARTS}, self.model)
+        dtype = jnp.dtype(self.cfg.compute_dtype)
+        template = self.cfg.data.template or self.model.llm.family
+        model = Model(ready, self.model, self.tokenizer, self.spec, template, dtype)
+        stream = predict.replies(
+            model,
+            self.asked,
+            self.folder,
+            Sampling(max_new_tokens=wanted.max_new_tokens),
+            batch_size=wanted.batch_size,
+        )
+        found = {
+            question.row: predict.row(question, reply, "", "shown") for question, reply in stream
+        }
+        answers = [found[question.row] for question in self.asked]
+        summary = report(self.rows, answers, samples=0)["summary"]
+        return {
+            f"{wanted.split}/{name}": value for name, value in summary.items() if value is not None
+        }
