@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
 
 import jax.numpy as jnp
@@ -50,10 +50,11 @@ class Chat:
         assert self.reply is not None
         return self.reply
 
-    def stream(self, question: str, pictures: Pictures = None) -> Iterator[str]:
+    def stream(self, question: str, pictures: Pictures = None) -> Generator[str, None, None]:
         """The same, piece by piece; the pieces joined are `reply.text`.
 
-        A piece never ends within a character, nor with the beginning of a stop text.
+        A piece never ends within a character, nor with the beginning of a stop text. Closed early,
+        the turn is what was said until then.
         """
         said = ""
         for text in self._answers(question, pictures, 1):

@@ -42,7 +42,7 @@ TINY_STABLELM = LlmConfig(
     ffn=344,
     heads=4,
     kv_heads=4,
-    rotary_fraction=0.25,
+    rotary_fraction=0.5,  # 16 dimensions of a head, as many as in the real model
     max_positions=512,
 )
 

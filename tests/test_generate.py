@@ -99,6 +99,7 @@ def test_a_row_alone_gets_the_same_answer(params: Any, batch: Any, answers: Any)
     row = {k: batch[k][:1, :size] for k in ("tokens", "mask", "image_pos")}
     alone = greedy(params, row | {"images": batch["images"][:1, :1]})
     assert alone.ids[0].tolist() == answers.ids[0].tolist()
+    assert alone.step_logits is not None
     np.testing.assert_allclose(alone.step_logits[0], answers.step_logits[0], atol=1e-4)
     # text alone needs no images at all
     size = int(batch["mask"][1].sum())
@@ -130,6 +131,7 @@ def test_looking_often_changes_nothing(params: Any, batch: Any, answers: Any) ->
     """Also where the cache must grow in between, by many places."""
     often = greedy(params, batch, every=1)
     assert often.ids.tolist() == answers.ids.tolist()
+    assert often.step_logits is not None
     np.testing.assert_allclose(often.step_logits, answers.step_logits, atol=1e-4)
     ready = generate.for_generation(params, CFG)
     state, _ = generate.read(ready, CFG, left(batch), dtype=jnp.float32, room=1)
@@ -207,7 +209,9 @@ def test_score_is_the_full_forward(params: Any, batch: Any) -> None:
     assert counts.tolist() == list(lengths) and sums[1] == 0
     again, _ = generate.score(ready, CFG, state, later, jnp.float32)
     assert again.tolist() == sums.tolist()
-    longer = {k: np.pad(batch[k], ((0, 0), (0, 4))) for k in ("tokens", "mask", "image_pos")}
+    longer: dict[str, Any] = {
+        k: np.pad(batch[k], ((0, 0), (0, 4))) for k in ("tokens", "mask", "image_pos")
+    }
     for row in (0, 2):
         here = slice(sizes[row], sizes[row] + lengths[row])
         longer["tokens"][row, here] = later["tokens"][row, : lengths[row]]

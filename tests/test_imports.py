@@ -16,20 +16,33 @@ PACKAGE = "medmoe_jax"
 
 # Module (regex) -> what it may import from this package (regex). The first match decides; what is
 # not listed sits above and may import everything but the entry points.
-MODELS = r"config|models\.(layers|{})"
 ALLOWED = {
-    r"config|losses|metrics|models\.layers": r"",
-    r"sharding|optim|upcycle|presets|checkpoint": r"config",
-    r"models\.(clip|projector|moe)": r"config|models\.layers",
-    r"models\.decoder": r"config|models\.(layers|moe)",
+    r"config|losses|metrics|models\.quantized": r"",
+    r"sharding|optim|upcycle|presets|checkpoint|sampling": r"config",
+    r"models\.layers": r"models\.quantized",
+    r"models\.(clip|projector|experts)": r"config|models\.layers",
+    r"models\.moe": r"config|models\.(layers|experts)",
+    r"models\.decoder": r"config|models\.(layers|experts|moe)",
     r"models\.medmoe": r"config|models\.(layers|clip|projector|decoder)",
     r"data(\..*)?": r"config|data(\..*)?",
-    r"convert\.check": r"config|checkpoint|convert\..*|data\..*|models\..*|generate|losses",
+    r"convert\.check": r"config|checkpoint|convert\..*|data\..*|models\..*|generate|losses"
+    r"|sampling",
     r"convert(\..*)?": r"config|checkpoint|convert(\..*)?",
-    r"generate|router|step|info": r"config|losses|optim|models\..*",
+    r"router|step|info": r"config|losses|optim|models\..*",
+    r"generate|beam": r"config|losses|sampling|generate|models\..*",
+    r"responder|conversation": r"config|sampling|generate|beam|responder|data\..*",
+    r"model": r"config|checkpoint|sampling|generate|responder|conversation|quantize|data\..*"
+    r"|convert\.folder",
+    r"quantize": r"config|models\..*",
+    r"evaluation(\..*)?": r"config|metrics|data\.(problems|sources)|evaluation(\..*)?",
 }
-ENTRY = r"train|info|(.*\.)?__main__"
-OPTIONAL = {"torch", "nltk"}  # extras: imported in functions, so that the rest works without
+ENTRY = r"train|info|chat|evaluate|(.*\.)?__main__"
+OPTIONAL = {
+    "torch",
+    "nltk",
+    "sacrebleu",
+    "matplotlib",
+}  # extras: imported in functions, so that the rest works without
 TORCH_ONLY = ("convert.torch_model", "convert.torch_reference")  # PyTorch from top to bottom
 
 
