@@ -25,7 +25,7 @@ def get_config(size: str = "phi2") -> RunConfig:
         optim=OptimConfig(lr=1e-3, epochs=1.0, batch_size=16),
     )
     return (
-        presets.shrink(config, lr=3e-3, epochs=3.0, batch_size=32)
+        presets.shrink(config, lr=3e-3, epochs=2.0, batch_size=32)
         if presets.is_tiny(size)
         else config
     )

@@ -25,7 +25,7 @@ def get_config(size: str = "phi2") -> RunConfig:
         optim=OptimConfig(lr=2e-5, epochs=3.0, batch_size=16),
     )
     return (
-        presets.shrink(config, lr=1.5e-3, epochs=4.0, batch_size=16)
+        presets.shrink(config, lr=2e-3, epochs=4.0, batch_size=16)
         if presets.is_tiny(size)
         else config
     )

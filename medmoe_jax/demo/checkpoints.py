@@ -34,7 +34,7 @@ WORDS = 1000  # size of the tokenizer
 RENDER = 112  # pixels at which pretraining images are drawn
 CHUNK = 100  # images a worker draws at once
 STUDIES_NAMED = 800  # whose texts make the tokenizer
-STUDIES_READ = 10000  # whose reports the language model reads
+STUDIES_READ = 8000  # whose reports the language model reads
 ROUNDS = 8  # questions about a report
 LENGTH = 152  # tokens of a reading; what is longer is cut
 ANSWER_WEIGHT = 5.0  # of an answer's token in the loss, against one of the report or a question
@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--studies", type=int, default=4000, help="pretraining images, hundreds")
     parser.add_argument("--vision-steps", type=int, default=2000)
-    parser.add_argument("--language-steps", type=int, default=1000)
+    parser.add_argument("--language-steps", type=int, default=900)
     args = parser.parse_args()
     make(args.out, args.llm, args.seed, args.studies, args.vision_steps, args.language_steps)
 

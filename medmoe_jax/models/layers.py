@@ -17,6 +17,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from medmoe_jax.models import quantized
+
 Array = jax.Array
 Params = dict[str, Any]
 
@@ -65,8 +67,12 @@ def linear_leaves(
 
 
 def linear(p: Params, x: Array) -> Array:
-    """x [..., d_in] -> [..., d_out] in the dtype of x."""
-    y = x @ p["kernel"].astype(x.dtype)
+    """x [..., d_in] -> [..., d_out] in the dtype of x; the kernel may be quantized."""
+    kernel = p["kernel"]
+    if isinstance(kernel, (quantized.Int8, quantized.Int4)):
+        y = quantized.product(kernel, x)
+    else:
+        y = x @ kernel.astype(x.dtype)
     if "bias" not in p:
         return y
     bias = p["bias"].astype(x.dtype)
