@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from medmoe_jax import checkpoint, generate
+from medmoe_jax import checkpoint, generate, quantize
 from medmoe_jax.config import ConfigError
 from medmoe_jax.conversation import Chat
 from medmoe_jax.convert.folder import model_folder
@@ -165,15 +165,13 @@ def load(
         spec = images.read_image_spec(folder / "preprocessor_config.json", aspect)
 
     def placed(path: Any, leaf: Any) -> Any:
+        if quantize.is_quantized(leaf):
+            return leaf  # its numbers and scales have dtypes of their own
         routing = any(key.key == "router" for key in path if hasattr(key, "key"))
         return jnp.asarray(leaf, leaf.dtype if routing else kind)
 
-    whole = {part: params[part] for part in PARTS}
-    whole = generate.for_generation(whole, meta.model)
-    # Converted leaf by leaf, so that the weights are in memory once and not twice.
-    whole = jax.tree_util.tree_map_with_path(placed, whole)
+    whole = generate.for_generation({part: params[part] for part in PARTS}, meta.model)
     if bits:
-        from medmoe_jax import quantize
-
-        whole = quantize.quantize(whole, bits)
+        whole = quantize.quantize(whole, bits)  # leaf by leaf, before anything else is placed
+    whole = jax.tree_util.tree_map_with_path(placed, whole, is_leaf=quantize.is_quantized)
     return Model(whole, meta.model, tokenizer, spec, template or family, kind)

@@ -130,7 +130,7 @@ def _backward(kept: Any, dy: Array) -> tuple[Any, Array, None]:
     padded, dy = (jnp.pad(a, ((0, len(rows)), (0, 0))) for a in (rows, dy))
     dp: list[Params] = [jax.tree.map(jnp.zeros_like, one) for one in p]
 
-    def run(e: int, _: int, slices: Slices, place: Array, carry: Any) -> Any:
+    def run(e: int, size: int, slices: Slices, place: Array, carry: Any) -> Any:
         dx, dp = carry
         _, pull = jax.vjp(layers.mlp, p[e], slices(padded))
         mine, drows = pull(slices(dy))
