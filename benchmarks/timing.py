@@ -67,14 +67,13 @@ def alternate(
     place of those that were disturbed, and the quietest are kept.
 
     Args:
-      ours, theirs: run once and return the seconds that count.
+      ours, theirs: run once and return the seconds that count; they have run before.
       repeats: rounds to keep.
       patience: seconds after which nothing is waited for or repeated any more.
 
     Returns:
       Seconds of both, in the order of the rounds, and the others' share in the worst round kept.
     """
-    ours(), theirs()  # compiles
     rounds: list[tuple[float, float, float]] = []
     end = time.monotonic() + patience
     while len(rounds) < repeats or (
