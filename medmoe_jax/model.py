@@ -22,6 +22,7 @@ from medmoe_jax.conversation import Chat
 from medmoe_jax.convert.folder import model_folder
 from medmoe_jax.data import images, templates, tokens
 from medmoe_jax.data.problems import DataError
+from medmoe_jax.models.layers import Params
 from medmoe_jax.responder import Pictures, Reply, Request, Responder
 from medmoe_jax.sampling import Sampling
 
@@ -124,6 +125,18 @@ class Model(Responder):
         return self._score_options(rows, state)
 
 
+def in_dtype(params: Params, dtype: Any) -> Params:
+    """The parameters as device arrays of `dtype`; routers and quantized kernels keep theirs."""
+
+    def one(path: Any, leaf: Any) -> Any:
+        if quantize.is_quantized(leaf):
+            return leaf  # its numbers and scales have dtypes of their own
+        routing = any(key.key == "router" for key in path if hasattr(key, "key"))
+        return jnp.asarray(leaf, leaf.dtype if routing else dtype)
+
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=quantize.is_quantized)
+
+
 def load(
     path: str | Path,
     *,
@@ -164,14 +177,7 @@ def load(
         tokenizer = tokens.load_tokenizer(folder / "tokenizer", family)
         spec = images.read_image_spec(folder / "preprocessor_config.json", aspect)
 
-    def placed(path: Any, leaf: Any) -> Any:
-        if quantize.is_quantized(leaf):
-            return leaf  # its numbers and scales have dtypes of their own
-        routing = any(key.key == "router" for key in path if hasattr(key, "key"))
-        return jnp.asarray(leaf, leaf.dtype if routing else kind)
-
     whole = generate.for_generation({part: params[part] for part in PARTS}, meta.model)
     if bits:
         whole = quantize.quantize(whole, bits)  # leaf by leaf, before anything else is placed
-    whole = jax.tree_util.tree_map_with_path(placed, whole, is_leaf=quantize.is_quantized)
-    return Model(whole, meta.model, tokenizer, spec, template or family, kind)
+    return Model(in_dtype(whole, kind), meta.model, tokenizer, spec, template or family, kind)

@@ -30,10 +30,10 @@ from medmoe_jax.convert.report import ConversionError
 from medmoe_jax.data import images, questions
 from medmoe_jax.data.problems import DataError
 from medmoe_jax.data.questions import Question
+from medmoe_jax.evaluation.controls import CONTROLS
 from medmoe_jax.model import Model, Reply, Request
 from medmoe_jax.sampling import Sampling
 
-CONTROLS = ("shown", "blank", "noise", "shuffled")
 SHOWN_PROBLEMS = 10
 
 
@@ -267,7 +267,12 @@ def arguments() -> argparse.ArgumentParser:
     add("--chunk-idx", type=int, default=0, help="the part to answer, from 0")
     add("--batch-size", type=int, default=16)
     add("--image-aspect", choices=("pad", "square"), default="pad")
-    add("--images", choices=CONTROLS, default="shown", help="what is shown instead of the image")
+    add(
+        "--images",
+        choices=("shown", *CONTROLS),
+        default="shown",
+        help="what is shown instead of the image",
+    )
     add("--score-options", action="store_true", help="weigh the options of rows that have them")
     add("--bits", type=int, choices=(0, 4, 8), default=0, help="size of the weights; 0 = as saved")
     add("--dtype", default="", help="default: float32 on a CPU, bfloat16 elsewhere")

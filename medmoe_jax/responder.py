@@ -167,28 +167,29 @@ class Responder:
     ) -> tuple[generate.State, Any]:
         """Prompts of a batch on the device, filled up to `rows` or a power of two: the state and
         the router's posterior."""
-        prompts = [self._prompt(request) for request in requests]
-        batch = self.batch(prompts, [request.pictures for request in requests], rows)
+        batch = self.prompts(requests, rows)
         penalised = how is not None and how.repetition_penalty != 1.0
         return generate.read(
             self.params, self.config, batch, dtype=self.dtype, room=room, penalised=penalised
         )
+
+    def prompts(self, requests: Sequence[Request], rows: int = 0) -> dict[str, np.ndarray]:
+        """The prompts with their images as one batch, see `batch`."""
+        rendered = [self._prompt(request) for request in requests]
+        return self.batch(rendered, [request.pictures for request in requests], rows)
 
     def check_request(self, request: Request) -> None:
         """Raises DataError where a prompt does not fit the model, or its options are none."""
         self._prompt(request)
 
     def _prompt(self, request: Request) -> merge.Merged:
+        """A prompt in merged coordinates."""
         for place, option in enumerate(request.options):
             if not option.strip() or templates.IMAGE_TOKEN in option:
                 raise DataError(f"the option {option!r} is no text that could be an answer")
             if option in request.options[:place]:
                 raise DataError(f"the option {option!r} is given twice")
         text = templates.prompt(self.template, request.question, len(request.pictures))
-        return self.expand(text)
-
-    def expand(self, text: str) -> merge.Merged:
-        """A prompt in merged coordinates."""
         ids = tokens.encode_prompt(text, self.tokenizer)
         row = merge.expand(ids, None, self.config.vision.patches)
         self.check_length(len(row.tokens))

@@ -12,7 +12,8 @@ from flax.traverse_util import unflatten_dict
 
 from medmoe_jax import generate, predict
 from medmoe_jax.config import ModelConfig, RunConfig
-from medmoe_jax.data import images, questions, sources, tokens
+from medmoe_jax.data import images, questions, tokens
+from medmoe_jax.evaluation import rows
 from medmoe_jax.evaluation.report import report
 from medmoe_jax.model import PARTS, Model
 from medmoe_jax.sampling import Sampling
@@ -30,8 +31,7 @@ class Validation:
         self.cfg, self.model, wanted = cfg, model, cfg.evaluation
         asked = questions.read_questions(wanted.file)
         self.asked = asked[: wanted.rows] if wanted.rows else asked
-        rows = {number: record for number, record, _ in sources.records(Path(wanted.file))}
-        self.rows = [rows[question.row] for question in self.asked]
+        self.rows = rows.read(wanted.file)[: len(self.asked)]
         self.folder = Path(wanted.image_folder or cfg.data.image_folder)
         init = Path(cfg.init)
         self.tokenizer = tokens.load_tokenizer(init / "tokenizer", model.llm.family)

@@ -16,6 +16,7 @@ import tiny_runs
 
 from medmoe_jax import generate, losses, presets, quantize, sampling
 from medmoe_jax.config import ConfigError, MoeConfig
+from medmoe_jax.model import in_dtype
 from medmoe_jax.models import decoder, medmoe, moe, quantized
 from medmoe_jax.quantize import __main__ as command
 
@@ -227,7 +228,7 @@ def test_sizes_are_those_of_the_arrays() -> None:
 
 def test_weights_in_bfloat16() -> None:
     """What the command compares with: all but the router."""
-    params = jax.eval_shape(command.in_bfloat16, model("phi")[1])
+    params = jax.eval_shape(lambda p: in_dtype(p, jnp.bfloat16), model("phi")[1])
     flat = jax.tree_util.tree_leaves_with_path(params)
     routing = ["'router'" in jax.tree_util.keystr(path) for path, _ in flat]
     assert any(routing)

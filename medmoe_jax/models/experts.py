@@ -128,7 +128,6 @@ def _forward(p: tuple[Params, ...], rows: Array, counts: Array) -> tuple[Array, 
 def _backward(kept: Any, dy: Array) -> tuple[Any, Array, None]:
     p, rows, counts = kept
     padded, dy = (jnp.pad(a, ((0, len(rows)), (0, 0))) for a in (rows, dy))
-    dp: list[Params] = [jax.tree.map(jnp.zeros_like, one) for one in p]
 
     def run(e: int, size: int, slices: Slices, place: Array, carry: Any) -> Any:
         dx, dp = carry
@@ -136,7 +135,7 @@ def _backward(kept: Any, dy: Array) -> tuple[Any, Array, None]:
         mine, drows = pull(slices(dy))
         return _add(dx, place, drows), (*dp[:e], mine, *dp[e + 1 :])
 
-    dx, dp = _by_group(len(rows), counts, run, (jnp.zeros_like(padded), tuple(dp)))
+    dx, dp = _by_group(len(rows), counts, run, jax.tree.map(jnp.zeros_like, (padded, p)))
     return dp, dx[: len(rows)], None
 
 

@@ -29,11 +29,11 @@ from medmoe_jax import model as loaded
 from medmoe_jax.checkpoint import CheckpointError
 from medmoe_jax.config import ConfigError, ModelConfig
 from medmoe_jax.convert.report import ConversionError
-from medmoe_jax.data import questions, templates
+from medmoe_jax.data import questions
 from medmoe_jax.data.problems import DataError
 from medmoe_jax.data.questions import Question
 from medmoe_jax.evaluation import rows, text
-from medmoe_jax.model import Model, Reply
+from medmoe_jax.model import Model, Reply, Request
 from medmoe_jax.models import medmoe
 from medmoe_jax.models.layers import Array, Params
 from medmoe_jax.sampling import Sampling
@@ -87,9 +87,9 @@ def prompts(
     order = sorted(asked, key=lambda q: (len(q.images), len(q.text)))
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
-        lines = [templates.prompt(model.template, q.text, len(q.images)) for q in part]
-        shown = [predict.pixels(q, folder, model.spec, "shown") for q in part]
-        yield model.batch([model.expand(line) for line in lines], shown)
+        yield model.prompts(
+            [Request(q.text, predict.pixels(q, folder, model.spec, "shown")) for q in part]
+        )
 
 
 def compare(
@@ -148,16 +148,6 @@ def with_params(model: Model, params: Params) -> Model:
     return dataclasses.replace(model, params=params)
 
 
-def in_bfloat16(params: Params) -> Params:
-    """The weights in bfloat16, the router's excepted."""
-
-    def one(path: Any, leaf: Array) -> Array:
-        routing = "/router/" in jax.tree_util.keystr(path, simple=True, separator="/")
-        return leaf if routing else leaf.astype(jnp.bfloat16)
-
-    return jax.tree_util.tree_map_with_path(one, params)
-
-
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that is printed, as a dict for JSON."""
     for bits in args.bits:
@@ -174,7 +164,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
     def bfloat16() -> Params:
-        return in_bfloat16(model.params)
+        return loaded.in_dtype(model.params, jnp.bfloat16)
 
     def smaller(bits: int) -> Params:
         return quantize.quantize(model.params, bits, group=args.group, parts=args.parts)
