@@ -155,7 +155,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--studies", type=int, default=4000, help="pretraining images, hundreds")
     parser.add_argument("--vision-steps", type=int, default=2000)
-    parser.add_argument("--language-steps", type=int, default=900)
+    parser.add_argument("--language-steps", type=int, default=750)
     args = parser.parse_args()
     make(args.out, args.llm, args.seed, args.studies, args.vision_steps, args.language_steps)
 
