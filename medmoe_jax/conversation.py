@@ -37,6 +37,7 @@ class Chat:
     def __post_init__(self) -> None:
         if self.sampling.beams > 1:
             raise ConfigError("a conversation has no beam search; set sampling.beams to 1")
+        self.sampling = self.model.with_stop(self.sampling)
 
     def reset(self) -> None:
         """Forgets everything that was said and shown."""
@@ -80,15 +81,15 @@ class Chat:
         caller stops listening."""
         model, how = self.model, self.sampling
         state = self._read(question, model.pixels(pictures))
-        start, reply = int(state.end), None
+        start, left, reply = int(state.end), model.left(state), None
         used = None if state.used is None else np.array(state.used)
         pairs = model.running(state, how, [len(self.turns)], every)
         try:
             for latest, found in pairs:
                 state = latest
-                reply = model.replies(found, how)[0]
+                reply = model.replies(found, left, how)[0]
                 yield reply.text
-                if reply.finished:
+                if reply.finished or len(reply.ids) == left[0]:
                     break
         finally:
             if reply is None:
@@ -111,10 +112,14 @@ class Chat:
         length = batch["tokens"].shape[1]
         if self._state is None:
             penalised = self.sampling.repetition_penalty != 1.0
-            state = generate.empty(model.config, 1, length, model.dtype, penalised)
+            state, posterior = generate.read(
+                model.params, model.config, batch, dtype=model.dtype, room=0, penalised=penalised
+            )
         else:
             state = generate.with_room(self._state, length)
-        state, posterior = generate.extend(model.params, model.config, state, batch, model.dtype)
+            state, posterior = generate.extend(
+                model.params, model.config, state, batch, model.dtype
+            )
         if posterior is not None and (len(shown) or self._state is None):
             self._modality = model.modality(posterior[0])
         return state

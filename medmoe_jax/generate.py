@@ -18,7 +18,7 @@ import numpy as np
 
 from medmoe_jax import losses
 from medmoe_jax.config import ModelConfig
-from medmoe_jax.models import decoder, medmoe
+from medmoe_jax.models import decoder, layers, medmoe
 from medmoe_jax.models.layers import Array, Params
 from medmoe_jax.sampling import Knobs, choose
 
@@ -103,18 +103,27 @@ def repeat(state: State, times: int) -> State:
 
 
 def _run(
-    p: Params, cfg: ModelConfig, state: State, x: Array, valid: Array
+    p: Params,
+    cfg: ModelConfig,
+    state: State,
+    x: Array,
+    valid: Array,
+    *,
+    fresh: bool = False,
+    last_only: bool = False,
 ) -> tuple[Array, State, dict[str, Any]]:
-    """Embeddings [B, T, D] behind what was said: hidden states, the state without new scores, and
-    the decoder's reports."""
+    """Embeddings [B, T, D] behind what was said (nothing, if `fresh`): hidden states (of the last
+    token at least), the state without new scores, and the decoder's reports."""
     t, size = x.shape[1], state.seen.shape[1]
     seen = jax.lax.dynamic_update_slice(state.seen, valid, (0, state.end))
     reach = jnp.arange(size)[None, :] <= state.end + jnp.arange(t)[:, None]
     ctx = decoder.Context(
         positions=state.count[:, None] + jnp.maximum(jnp.cumsum(valid, -1) - 1, 0),
-        mask=(seen[:, None] & reach[None])[:, None],
+        mask=layers.causal_mask(valid) if fresh else (seen[:, None] & reach[None])[:, None],
         counted=valid,
         write_at=state.end,
+        fresh=fresh,
+        last_only=last_only,
     )
     hidden, reports = decoder.decode(p["llm"], cfg, x, ctx, state.cache)
     state = state._replace(
@@ -129,9 +138,14 @@ def _embed(p: Params, cfg: ModelConfig, batch: dict[str, Any], dtype: Any) -> Ar
     return medmoe.merge(p, batch["tokens"], batch["image_pos"], batch["mask"], image, dtype)
 
 
-@partial(jax.jit, static_argnames=("cfg", "dtype"), donate_argnames=("state",))
+@partial(jax.jit, static_argnames=("cfg", "dtype", "fresh"), donate_argnames=("state",))
 def extend(
-    p: Params, cfg: ModelConfig, state: State, batch: dict[str, Any], dtype: Any
+    p: Params,
+    cfg: ModelConfig,
+    state: State,
+    batch: dict[str, Any],
+    dtype: Any,
+    fresh: bool = False,
 ) -> tuple[State, Array | None]:
     """Reads prompts behind what was said.
 
@@ -141,13 +155,15 @@ def extend(
       state: with T free places in its cache at least; it is used up.
       batch: as for `models.medmoe.forward`, but padded on the left (`left_padded`).
       dtype: of the computation.
+      fresh: nothing was said yet (`empty`); the prompts then look at themselves only.
 
     Returns:
       The state with the scores of the next token, and the router's modality posterior of these
       tokens, f32[B, E] (None in a dense model).
     """
     valid = batch["mask"]
-    hidden, state, reports = _run(p, cfg, state, _embed(p, cfg, batch, dtype), valid)
+    x = _embed(p, cfg, batch, dtype)
+    hidden, state, reports = _run(p, cfg, state, x, valid, fresh=fresh, last_only=True)
     used = state.used
     if used is not None:
         words = valid & (batch["image_pos"] < 0)
@@ -297,7 +313,7 @@ def read(
     """
     rows, t = batch["tokens"].shape
     state = empty(cfg, rows, bucket(t + room), dtype, penalised)
-    return extend(p, cfg, state, batch, dtype)
+    return extend(p, cfg, state, batch, dtype, fresh=True)
 
 
 def answers(

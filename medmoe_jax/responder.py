@@ -128,22 +128,27 @@ class Responder:
     ) -> list[Reply]:
         """Replies to one batch, in its order. A batch of fewer than `rows` is filled up, so that it
         needs no program of its own."""
-        how = sampling or Sampling()
+        how = self.with_stop(sampling or Sampling())
         seeds = [r.seed for r in requests]
-        room = min(EVERY, how.max_new_tokens)
-        state, posterior = self.read(requests, room, how, rows)
+        state, posterior = self.read(requests, min(EVERY, how.max_new_tokens), how, rows)
         scored = any(r.options for r in requests)
         options = self._score_options(requests, state) if scored else None
+        left = self.left(state)[: len(requests)]
         if how.beams > 1:
             end = self.tokenizer.eos_token_id
             best = beam.search(self.params, self.config, state, end, how, self.dtype)
-            done = [self._reply(*row, how) for row in best[: len(requests)]]
+            done = [
+                self._reply(ids[:n], log_probs[:n], how)
+                for (ids, log_probs), n in zip(best, left, strict=False)
+            ]
         else:
-            pairs = self.running(state, how, seeds, EVERY_STOP if how.stop else EVERY)
             done = []
-            for _, found in pairs:
-                done = self.replies(found, how)[: len(requests)]
-                if all(reply.finished for reply in done):
+            for _, found in self.running(state, how, seeds, EVERY_STOP if how.stop else EVERY):
+                done = self.replies(found, left, how)
+                if all(
+                    reply.finished or len(reply.ids) == n
+                    for reply, n in zip(done, left, strict=True)
+                ):
                     break
         return [
             self._complete(reply, request, row, posterior, options)
@@ -241,12 +246,24 @@ class Responder:
             draw=how.temperature > 0,
         )
 
-    def replies(self, found: generate.Answers, how: Sampling) -> list[Reply]:
-        """What was said so far, cut at stop texts."""
+    def with_stop(self, how: Sampling) -> Sampling:
+        """The settings with the text that ends an answer of this template, unless it is the end
+        token."""
+        mark = templates.stop_text(self.template)
+        return how if mark in (templates.END, *how.stop) else replace(how, stop=(*how.stop, mark))
+
+    def left(self, state: generate.State) -> list[int]:
+        """For each row, how many ids its answer may have before the model's positions end."""
+        return (self.config.llm.max_positions - np.asarray(state.count)).tolist()
+
+    def replies(self, found: generate.Answers, left: Sequence[int], how: Sampling) -> list[Reply]:
+        """What was said so far in the first rows, cut at stop texts and where nothing is left."""
         ids, log_probs, lengths = jax.device_get((found.ids, found.log_probs, found.lengths))
         return [
             self._reply(row[:n].tolist(), probs[:n].tolist(), how)
-            for row, probs, n in zip(ids, log_probs, lengths, strict=True)
+            for row, probs, n in zip(
+                ids, log_probs, np.minimum(lengths[: len(left)], left), strict=False
+            )
         ]
 
     def _reply(self, ids: Sequence[int], log_probs: Sequence[float], how: Sampling) -> Reply:
@@ -294,6 +311,6 @@ class Responder:
 
     def answer_ids(self, answer: str) -> list[int]:
         """Ids of an answer with its end mark, as they come behind a prompt; none for no text."""
-        turns = ((templates.HUMAN, ""), (templates.GPT, answer))
-        spans = [span for span in templates.render(self.template, turns) if span.answer]
-        return tokens.encode(spans, self.tokenizer).ids
+        if not answer:
+            return []
+        return tokens.encode([templates.answer(self.template, answer)], self.tokenizer).ids

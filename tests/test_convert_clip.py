@@ -150,8 +150,12 @@ def test_mean_and_deviation_are_clips_where_none_are_given(
     folders.write_official(tmp_path / "src", folders.Spec())
     if settings is not None:
         folders.write_json(tmp_path / "src/clip/preprocessor_config.json", settings)
-    to_jax(tmp_path / "src", tmp_path / "jax")
+    report = to_jax(tmp_path / "src", tmp_path / "jax")
     vision = read_meta(tmp_path / "jax").model.vision
+    if settings is None:
+        assert any("has no image settings" in note for note in report.notes)
+        spec = read_image_spec(tmp_path / "jax/preprocessor_config.json", "pad")
+        assert (spec.resize, spec.crop) == (vision.image_size, vision.image_size)
     theirs = transformers.CLIPImageProcessor()
     assert vision.mean == tuple(theirs.image_mean) == VisionConfig.mean
     assert vision.std == tuple(theirs.image_std) == VisionConfig.std

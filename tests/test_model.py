@@ -265,6 +265,40 @@ def test_length(model: Model, replies: list[Reply], shown: list[Any]) -> None:
             assert reply.finished == (whole.finished and len(whole.ids) <= most)
 
 
+def test_answers_end_with_the_positions(tmp_path: Path) -> None:
+    """Each row at its own place, in a batch as alone, greedy and with beams; and so do chats."""
+    most = 112
+    config = tiny_service.config("phi", MoeConfig(), max_positions=most)
+    model = medmoe_jax.load(tiny_service.save(tmp_path / "model", config, seed=3))
+    asked = ["Why?", "Is it the left or the right lung that is larger here?"]
+    places = [len(model._prompt(model.request(q, None)).tokens) for q in asked]
+    assert places[0] < places[1] < most
+    for beams in (1, 2):
+        how = Sampling(beams=beams)
+        found = model.generate(asked, None, how)
+        assert any(len(r.ids) == most - n for r, n in zip(found, places, strict=True))
+        for question, reply, n in zip(asked, found, places, strict=True):
+            assert len(reply.ids) == most - n or reply.finished
+            assert_same(model.generate(question, None, how), reply)
+    chat = model.chat(Sampling())
+    assert chat.ask(asked[1]).ids == model.generate(asked[1], None, Sampling()).ids
+
+
+def test_plain_template(folder: Path, shown: list[Any]) -> None:
+    """A model after alignment: an image, its caption, a line feed."""
+    model = medmoe_jax.load(folder, template="plain")
+    assert model.answer_ids("a\u00b5") == model.tokenizer("a\u00b5\n").input_ids
+    reply = model.generate("", shown[0], SHORT)
+    feed = [i for i, n in enumerate(reply.ids) if "\n" in model.tokenizer.decode([n])]
+    assert reply.finished or not feed
+    row = model.generate("", shown[0], SHORT, options=("a lung", "a knee"))
+    assert row.options is not None and sum(row.options.values()) == pytest.approx(1)
+    likely = model.score([""], [shown[0]], [["a lung", "a knee"]])[0]
+    assert likely[0] - likely[1] == pytest.approx(
+        math.log(row.options["a lung"] / row.options["a knee"]), abs=1e-3
+    )
+
+
 def test_draws_belong_to_rows(model: Model, shown: list[Any]) -> None:
     how = Sampling(temperature=1.2, top_p=0.95, max_new_tokens=8, seed=3)
     requests = [

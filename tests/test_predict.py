@@ -13,8 +13,8 @@ import pytest
 import tiny_data
 import tiny_service
 
+from medmoe_jax import evaluate, predict
 from medmoe_jax import model as loaded
-from medmoe_jax import predict
 from medmoe_jax.config import MODALITIES, ConfigError, MoeConfig
 from medmoe_jax.data.problems import DataError
 
@@ -330,3 +330,25 @@ def test_too_long_a_question_is_a_row(root: Path, once: Any, tmp_path: Path) -> 
     assert predict.predict(predict.arguments().parse_args(command)) == 1
     first, second = read(tmp_path / "a.jsonl")
     assert "2048 positions" in first["metadata"]["error"] and "error" not in second["metadata"]
+
+
+def test_classification_from_questions_to_figures(root: Path, once: Any, tmp_path: Path) -> None:
+    """Rows with options and a label: each row's likeliest option is what the figures count."""
+    options, rows = ["lung", "liver", "knee"], []
+    for i in range(6):
+        talk = [{"from": "human", "value": f"<image>\nOrgan {i}?"}, {"from": "gpt", "value": "x"}]
+        row = {"id": i, "image": f"i{i % 5}.png", "answer_type": "CLOSED", "conversations": talk}
+        rows.append(row | {"task": "organ", "options": options, "label": i % 3})
+    tiny_data.save_rows(root / "classify.json", rows)
+    out = tmp_path / "answers.jsonl"
+    said = ask(root, out, "--score-options", questions="classify.json")
+    likely = [max(r["metadata"]["options"], key=r["metadata"]["options"].get) for r in said]
+    right = [choice == options[row["label"]] for choice, row in zip(likely, rows, strict=True)]
+    found = evaluate.evaluate(root / "classify.json", out, samples=20)["classification"]["organ"]
+    assert found["classes"] == options and found["n"] == 6
+    assert found["likelihood"]["accuracy_percent"] == pytest.approx(100 * np.mean(right))
+    for row, reply in zip(rows, said, strict=True):
+        asked = row["conversations"][0]["value"].removeprefix("<image>\n")
+        given = once.score([asked], [root / "images" / row["image"]], [options])[0]
+        shares = np.exp(given) / np.exp(given).sum()
+        np.testing.assert_allclose(list(reply["metadata"]["options"].values()), shares, atol=1e-4)

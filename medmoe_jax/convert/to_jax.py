@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from medmoe_jax.checkpoint import ModelMeta, save_model
-from medmoe_jax.config import LlmConfig
+from medmoe_jax.config import LlmConfig, VisionConfig
+from medmoe_jax.convert.export_configs import preprocessor_config
 from medmoe_jax.convert.pieces import Piece, source_order
 from medmoe_jax.convert.plan import Plan, make_plan
 from medmoe_jax.convert.report import ConversionError, Report, raise_all
@@ -75,7 +76,7 @@ def to_jax(
     report.converted = sum(len(found) for found in plan.pieces.values())
     report.stage = _describe(plan)
     report.parameters = count_parameters(plan.rows)
-    _copy_assets(sources, dst, report)
+    _copy_assets(sources, dst, plan.model.vision, report)
     meta = ModelMeta(
         stage=plan.stage,
         model=plan.model,
@@ -221,7 +222,7 @@ def _describe(plan: Plan) -> str:
     return f"{plan.stage} (top-{moe.top_k} of {moe.experts} experts in layers {layers})"
 
 
-def _copy_assets(sources: Sources, dst: Path, report: Report) -> None:
+def _copy_assets(sources: Sources, dst: Path, vision: VisionConfig, report: Report) -> None:
     """Copies tokenizer files and image settings."""
     dst.mkdir(parents=True, exist_ok=True)
     files = tokenizer_files(sources.tokenizer) if sources.tokenizer else []
@@ -237,14 +238,19 @@ def _copy_assets(sources: Sources, dst: Path, report: Report) -> None:
     for file in files:
         shutil.copyfile(file, dst / "tokenizer" / file.name)
     if sources.vision:
-        _copy_preprocessor(sources.vision.path, dst)
+        _copy_preprocessor(sources.vision.path, dst, vision, report)
 
 
-def _copy_preprocessor(clip: Path, dst: Path) -> None:
-    """Copies CLIP's image settings, where there are any."""
+def _copy_preprocessor(clip: Path, dst: Path, vision: VisionConfig, report: Report) -> None:
+    """Copies CLIP's image settings; where it has none, writes its usual ones."""
     settings, file = image_settings(clip)
     target = dst / "preprocessor_config.json"
-    if file.name == target.name:
+    if settings and file.name == target.name:
         shutil.copyfile(file, target)
-    elif settings:
-        target.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        return
+    if not settings:
+        settings = preprocessor_config(vision)
+        report.notes.append(
+            f"{clip} has no image settings; CLIP's own steps at {vision.image_size} pixels are used"
+        )
+    target.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -73,8 +73,14 @@ def render(template: str, turns: Sequence[Turn]) -> list[Span]:
         else:
             spans.append(Span("ASSISTANT:", False))
             if text:
-                spans.append(Span(f" {text}{END}", True))
+                spans.append(answer(template, text))
     return spans
+
+
+def answer(template: str, text: str) -> Span:
+    """An answer as it stands behind a prompt, with what ends it."""
+    space = "" if template == "plain" else " "
+    return Span(f"{space}{text}{stop_text(template)}", True)
 
 
 def _render_plain(turns: Sequence[Turn]) -> list[Span]:
@@ -83,7 +89,7 @@ def _render_plain(turns: Sequence[Turn]) -> list[Span]:
             "template 'plain' takes one image, one question with one <image> and one answer; "
             "use 'phi' or 'stablelm' for other conversations"
         )
-    return [Span(IMAGE_TOKEN, False), Span(f"{turns[1][1]}\n", True)]
+    return [Span(IMAGE_TOKEN, False), answer("plain", turns[1][1])]
 
 
 def prompt(template: str, messages: str | Sequence[str], images: int = 1) -> str:

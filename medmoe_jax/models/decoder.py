@@ -29,11 +29,13 @@ class Context(NamedTuple):
     """What every layer reads beside its input."""
 
     positions: Array  # i32[B, T]
-    mask: Array  # bool[B, 1, T, S], see layers.attend
+    mask: Array  # bool[B, 1, T, S], see layers.attend; S = T where `fresh`
     counted: Array  # bool[B, T], tokens that count in the load-balancing loss
     write_at: Array | None = (
         None  # i32[]: place of the first of the T tokens in the cache; None = no cache
     )
+    fresh: bool = False  # the cache is empty: the T tokens look at each other only
+    last_only: bool = False  # the caller reads the output of the last of the T tokens only
     noise_key: Array | None = None  # Gumbel noise on the second choice
     probe: Params | None = None  # a router to apply to every layer's FFN input (router phase)
     capture: bool = False  # also return each layer's tensors (`convert check`)
@@ -115,25 +117,32 @@ def _block(
     x: Array,
     cache: Params | None,
     key: Array | None,
+    queries: int | None = None,
 ) -> tuple[Array, dict[str, Any]]:
     """One layer.
 
-    `ffn` is {"mlp": ...} or {"moe": ...}. Returns the output and what the layer reports.
+    `ffn` is {"mlp": ...} or {"moe": ...}. With `queries`, the output of so many of the last tokens
+    is computed. Returns the output and what the layer reports.
     """
     llm = cfg.llm
     b, t, _ = x.shape
     h = layers.layer_norm(p["ln1"], x, llm.norm_eps)
-    q = layers.linear(p["attn"]["q"], h).reshape(b, t, llm.heads, llm.head_dim)
     k = layers.linear(p["attn"]["k"], h).reshape(b, t, llm.kv_heads, llm.head_dim)
     v = layers.linear(p["attn"]["v"], h).reshape(b, t, llm.kv_heads, llm.head_dim)
-    q = layers.rope(q, ctx.positions, llm.rotary_dim, llm.rope_theta)
     k = layers.rope(k, ctx.positions, llm.rotary_dim, llm.rope_theta)
+    positions, mask = ctx.positions, ctx.mask
+    if queries is not None:
+        x, h, positions = (a[:, t - queries :] for a in (x, h, positions))
+        mask = mask[:, :, t - queries :]
+    q = layers.linear(p["attn"]["q"], h).reshape(b, -1, llm.heads, llm.head_dim)
+    q = layers.rope(q, positions, llm.rotary_dim, llm.rope_theta)
     report: dict[str, Any] = {}
     if cache is not None:
         assert ctx.write_at is not None
         report["cache"] = _cached(cache, k, v, ctx.write_at)
-        k, v = (report["cache"][n].astype(x.dtype).swapaxes(1, 2) for n in ("k", "v"))
-    attention = layers.linear(p["attn"]["out"], layers.attend(q, k, v, ctx.mask).reshape(x.shape))
+        if not ctx.fresh:
+            k, v = (report["cache"][n].astype(x.dtype).swapaxes(1, 2) for n in ("k", "v"))
+    attention = layers.linear(p["attn"]["out"], layers.attend(q, k, v, mask).reshape(x.shape))
     if llm.family == "stablelm":
         x = x + attention
         h = layers.layer_norm(p["ln2"], x, llm.norm_eps)
@@ -173,10 +182,11 @@ def decode(
       remat: see `layers.remat`; for stacked parameters.
 
     Returns:
-      [B, T, D] after the final norm, and a dict of stacked reports: `aux` f32[Lm] and
-      `router_logits` f32[Lm, B, T, E] in a MoE model, `probe` f32[L, B, T, E] with ctx.probe, and
-      with ctx.capture `hidden`, `attn_out` [L, B, T, D], `moe_in`, `moe_out` [Lm, B, T, D],
-      `combine` f32[Lm, B, T, E]; `cache` as given, one dict a layer.
+      [B, T, D] after the final norm ([B, 1, D] with ctx.last_only and unstacked parameters, unless
+      the last layer is a MoE layer, whose routing is reported), and a dict of stacked reports:
+      `aux` f32[Lm] and `router_logits` f32[Lm, B, T, E] in a MoE model, `probe` f32[L, B, T, E]
+      with ctx.probe, and with ctx.capture `hidden`, `attn_out` [L, B, T, D], `moe_in`, `moe_out`
+      [Lm, B, T, D], `combine` f32[Lm, B, T, E]; `cache` as given, one dict a layer.
 
     Raises:
       ValueError: a cache with stacked parameters.
@@ -223,7 +233,9 @@ def _run_blocks(
         ffn = {k: v for k, v in block.items() if k != "layers"}
         key = None if ctx.noise_key is None else jax.random.fold_in(ctx.noise_key, i)
         mine = None if cache is None else cache[i]
-        x, report = _block(block["layers"], ffn, cfg, ctx, x, mine, key)
+        # Nobody reads what the last layer says of earlier tokens, but every routing is reported.
+        last = ctx.last_only and i == cfg.llm.layers - 1 and "moe" not in ffn
+        x, report = _block(block["layers"], ffn, cfg, ctx, x, mine, key, 1 if last else None)
         if cache is not None:
             caches.append(report.pop("cache"))
         reports.append(report)
