@@ -268,6 +268,17 @@ class MeshConfig:
 
 
 @dataclass
+class ClusterConfig:
+    """How the processes of one run find each other (`distributed.join`)."""
+
+    join: str = "auto"  # auto: where SLURM, Open MPI, GKE or a TPU pod started several; yes; no
+    coordinator: str = ""  # host:port of process 0; "" = the cluster says
+    processes: int = 0  # with coordinator: how many there are
+    process: int = 0  # with coordinator: number of this one
+    heartbeat: int = 100  # seconds without a sign of life after which the others stop
+
+
+@dataclass
 class LogConfig:
     """What is written, and how often."""
 
@@ -311,5 +322,6 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
     log: LogConfig = field(default_factory=LogConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

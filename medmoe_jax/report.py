@@ -1,5 +1,5 @@
-"""What a run reports while it trains: progress bar, metrics.jsonl, TensorBoard, and a stop where a
-loss breaks.
+"""What a run reports while it trains: progress bar, metrics.jsonl, TensorBoard (from the leading
+process), and a stop where a loss breaks.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from tqdm import tqdm
 
 from medmoe_jax.config import RunConfig
 from medmoe_jax.data.sources import Sample
+from medmoe_jax.distributed import leads
+from medmoe_jax.sharding import own_rows
 
 
 class NotFinite(RuntimeError):
@@ -68,7 +70,7 @@ class Reporter:
     ) -> None:
         self._every, self._total, self._rate = cfg.log.every, total, rate
         self._samples = samples
-        self._writer = MetricWriter(workdir, first, cfg.log.tensorboard)
+        self._writer = MetricWriter(workdir, first, cfg.log.tensorboard) if leads() else None
         self._bar = tqdm(
             total=total,
             initial=first,
@@ -76,6 +78,7 @@ class Reporter:
             unit="step",
             dynamic_ncols=True,
             mininterval=1.0,
+            disable=not leads(),
         )
         self._pending: tuple[int, dict[str, Any], dict[str, np.ndarray], float] | None = None
         self._last = time.perf_counter()
@@ -96,21 +99,22 @@ class Reporter:
             return
         number, metrics, batch, waited = self._pending
         self._pending = None
-        values = jax.device_get(metrics)
+        values = jax.device_get({k: v for k, v in metrics.items() if k != "rows"})
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
-        self._check(number, values, batch["row"])
-        scalars = {k: float(v) for k, v in values.items() if k != "rows"}
-        speed = float(batch["mask"].sum()) / seconds
+        self._check(number, values, metrics["rows"], batch["row"])
+        scalars = {k: float(v) for k, v in values.items()}
+        speed = float(batch["mask"].sum()) * jax.process_count() / seconds
         self._bar.set_postfix(loss=f"{scalars['loss']:.3f}", tok_s=f"{speed:,.0f}", refresh=False)
         self._bar.update()
-        if number % self._every == 0 or number in (1, self._total):
+        if self._writer and (number % self._every == 0 or number in (1, self._total)):
             scalars |= {"lr": float(self._rate(number - 1)), "tokens_per_second": speed}
             self._writer.write(number, scalars | {"seconds": seconds, "data_seconds": waited})
 
     def evaluated(self, number: int, figures: dict[str, float]) -> None:
         """Writes the figures of an evaluation behind step `number`; its time is not the step's."""
-        self._writer.write(number, figures)
+        if self._writer:
+            self._writer.write(number, figures)
         shown = ", ".join(f"{name} {value:.1f} %" for name, value in figures.items())
         self._bar.write(f"step {number}: {shown}")
         self._last = time.perf_counter()
@@ -118,13 +122,16 @@ class Reporter:
     def close(self) -> None:
         """Closes the bar and the files."""
         self._bar.close()
-        self._writer.close()
+        if self._writer:
+            self._writer.close()
 
-    def _check(self, number: int, values: dict[str, Any], index: np.ndarray) -> None:
+    def _check(
+        self, number: int, values: dict[str, Any], rows: jax.Array, index: np.ndarray
+    ) -> None:
         bad = [k for k in ("loss", "grad_norm") if not np.isfinite(values[k])]
         if not bad:
             return
-        finite = np.isfinite(values["rows"])
+        finite = np.isfinite(own_rows(rows))
         at = index[~finite] if not finite.all() else index
         named = [self._samples[i] for i in at if i >= 0]
         where = "; ".join(f"{s.file} row {s.row} (id {s.id})" for s in named)

@@ -2,7 +2,8 @@
 
 Axes: `data` (batch), `fsdp` (batch; parameters and optimiser state are split), `expert` (batch;
 experts are split). Every axis carries a share of the batch. Experts are spread over `expert` and,
-inside one expert, over `fsdp`; all other large weights are spread over both.
+inside one expert, over `fsdp`; all other large weights are spread over both. A device sees the
+tokens of its neighbours along `expert` in MoE layers only, see `models.experts.spread`.
 """
 
 from __future__ import annotations
@@ -80,13 +81,37 @@ def _fit(entry: Any, size: int, mesh: Mesh) -> Any:
 
 
 def place(flat: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """Puts parameters (path -> host array) on the devices as the table says."""
-    return {
-        path: jax.device_put(value, NamedSharding(mesh, spec(path, value.shape, mesh)))
-        for path, value in flat.items()
-    }
+    """Puts parameters (path -> host array, the same in every process) on the devices as the table
+    says."""
+
+    def one(path: str, value: Any) -> jax.Array:
+        placement = NamedSharding(mesh, spec(path, value.shape, mesh))
+        return jax.make_array_from_callback(value.shape, placement, lambda part: value[part])
+
+    return {path: one(path, value) for path, value in flat.items()}
+
+
+def everywhere(tree: Any, mesh: Mesh) -> Any:
+    """`tree` with what is not on the mesh yet (step counters) copied to all of its devices."""
+    placement = NamedSharding(mesh, P())
+
+    def one(leaf: jax.Array) -> jax.Array:
+        if isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh == mesh:
+            return leaf
+        value = np.asarray(leaf)
+        return jax.make_array_from_callback(value.shape, placement, lambda part: value[part])
+
+    return jax.tree.map(one, tree)
 
 
 def place_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
-    """Puts a batch on the devices, its first axis split over all mesh axes."""
-    return {k: jax.device_put(v, NamedSharding(mesh, P(AXES))) for k, v in batch.items()}
+    """Puts a batch on the devices, its first axis split over all mesh axes; each process gives its
+    own rows."""
+    placement = NamedSharding(mesh, P(AXES))
+    return {k: jax.make_array_from_process_local_data(placement, v) for k, v in batch.items()}
+
+
+def own_rows(values: jax.Array) -> np.ndarray:
+    """The rows of an array split like a batch that belong to this process, in their order."""
+    parts = {shard.index[0].start or 0: shard.data for shard in values.addressable_shards}
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])

@@ -83,6 +83,14 @@ def forward_loss(
     return Loss(rows, counts, reports["aux"].sum() if "aux" in reports else jnp.zeros(()))
 
 
+def split_like_batch(rows: Array) -> Array:
+    """f32[B] over the devices of the mesh as the batch is, so that each process holds its own."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size <= 1:
+        return rows
+    return jax.lax.with_sharding_constraint(rows, jax.P(mesh.axis_names))
+
+
 def make_step(
     cfg: RunConfig, model: ModelConfig, tx: optax.GradientTransformation
 ) -> Callable[[State, Flat, dict[str, Array]], tuple[State, dict[str, Array]]]:
@@ -128,7 +136,7 @@ def make_step(
             "aux": aux,
             "grad_norm": optax.tree.norm(grads),
             "tokens": loss.counts.sum(),
-            "rows": (loss.rows / jnp.maximum(loss.counts, 1)).reshape(-1),
+            "rows": split_like_batch((loss.rows / jnp.maximum(loss.counts, 1)).reshape(-1)),
         }
         return State(state.step + 1, train, opt), metrics
 

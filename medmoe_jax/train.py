@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -27,7 +26,16 @@ from absl import app, flags, logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import config_flags
 
-from medmoe_jax import checkpoint, optim, resume, router, sharding, step, upcycle
+from medmoe_jax import (
+    checkpoint,
+    distributed,
+    optim,
+    resume,
+    router,
+    sharding,
+    step,
+    upcycle,
+)
 from medmoe_jax.config import ConfigError, ModelConfig, RunConfig
 from medmoe_jax.data import check, images, pipeline, problems, sources, tokens
 from medmoe_jax.report import NotFinite, Reporter
@@ -36,6 +44,16 @@ from medmoe_jax.validation import Validation
 ON_DEVICE = ("tokens", "image_pos", "labels", "mask", "images", "modality")
 # The router decides in float32 whatever the rest of the model is stored in.
 KEEP_FLOAT32 = ("router/", "llm/moe/router/", "llm/moe/coefficient/")
+
+
+# May differ when a run goes on: how many devices and processes there are.
+FREE = ("mesh", "cluster")
+
+
+def say(text: str) -> None:
+    """Prints in the leading process."""
+    if distributed.leads():
+        print(text, flush=True)
 
 
 def starting_point(cfg: RunConfig) -> tuple[dict[str, Any], checkpoint.ModelMeta]:
@@ -132,11 +150,15 @@ def load_data(cfg: RunConfig, model: ModelConfig) -> Data:
         rest = [s for s in loaded.samples if s.modality >= 0 and (s.file, s.row) not in drawn]
         if cfg.data.eval_files:
             rest = check.load_samples(cfg.data.eval_files, cfg.data, tokenizer, patches).samples
-    print(f"{len(samples):,} rows to train on, {len(loaded.problems):,} left out", flush=True)
+    say(f"{len(samples):,} rows to train on, {len(loaded.problems):,} left out")
 
     def batches(rows: list[sources.Sample], training: bool) -> pipeline.Batches:
+        """In training each process reads its share of every batch, else all of it."""
+        share = (jax.process_index(), jax.process_count()) if training else (0, 1)
         size = cfg.optim.batch_size
-        return pipeline.build(rows, tokenizer, spec, patches, cfg.data, size, cfg.seed, training)
+        return pipeline.build(
+            rows, tokenizer, spec, patches, cfg.data, size, cfg.seed, training, *share
+        )
 
     return Data(samples, rest, loaded.problems, batches)
 
@@ -145,22 +167,29 @@ def write_run_config(cfg: RunConfig, workdir: Path) -> None:
     """Stores the run's config; a workdir that holds another run is an error."""
     path = workdir / "run.json"
     text = json.dumps(dataclasses.asdict(cfg), indent=1)
-    if path.exists() and path.read_text() != text:
-        old = json.loads(path.read_text())
-        new = json.loads(text)
-        changed = [k for k in new if new[k] != old.get(k)]
+    old, new = json.loads(path.read_text()) if path.exists() else {}, json.loads(text)
+    changed = [k for k in new if old and k not in FREE and new[k] != old.get(k)]
+    if changed:
         raise ConfigError(
             f"{workdir} holds a run with another config (different: {', '.join(changed)}); "
             "use another --workdir, or the same config to resume"
         )
-    path.write_text(text)
+    if distributed.leads():
+        whole = path.with_suffix(".partial")
+        whole.write_text(text)
+        whole.replace(path)  # the other processes never see half a file
 
 
 def train(cfg: RunConfig, workdir: Path) -> None:
     """Runs one phase and writes `workdir/model`."""
     if (workdir / "model" / "config.json").exists():
-        print(f"{workdir} is finished: its model is in {workdir / 'model'}")
+        say(f"{workdir} is finished: its model is in {workdir / 'model'}")
         return
+    if cfg.evaluation.every and jax.process_count() > 1:
+        raise ConfigError(
+            "evaluation during training runs in one process; set evaluation.every=0 and run "
+            "`predict` and `evaluate` on the finished model"
+        )
     workdir.mkdir(parents=True, exist_ok=True)
     write_run_config(cfg, workdir)
 
@@ -179,16 +208,17 @@ def train(cfg: RunConfig, workdir: Path) -> None:
     # --- what trains ---
     label = optim.labels(list(flat), cfg.train)
     weights, frozen = placed(cfg, flat, label, mesh)
-    print(optim.group_table(weights | frozen, label), flush=True)
+    say(optim.group_table(weights | frozen, label))
     tx = optim.make(cfg.optim, total, label)
     state = step.State(jnp.zeros((), jnp.int32), weights, tx.init(weights | frozen))
+    state = sharding.everywhere(state, mesh)
 
     # --- resume ---
     checkpoints = resume.Checkpoints(workdir, cfg.log.keep)
     if (latest := checkpoints.latest()) is not None:
         state, place = checkpoints.restore(latest, state)
         stream.set_state(place)
-        print(f"resumed at step {latest} of {total}", flush=True)
+        say(f"resumed at step {latest} of {total}")
     first = int(state.step)
 
     # --- loop ---
@@ -211,29 +241,35 @@ def train(cfg: RunConfig, workdir: Path) -> None:
             if validation and validation.due(number, total):
                 reporter.flush()
                 reporter.evaluated(number, validation(frozen | state.train))
-    left_out = [*data.left_out, *stream.problems]
-    problems.write_problems(left_out, workdir / "skipped.jsonl")
+    # Each process finds the broken images of its own rows.
+    name = f".{jax.process_index()}" if jax.process_index() else ""
+    skipped, left_out = workdir / f"skipped{name}.jsonl", list(stream.problems)
+    if distributed.leads():
+        left_out = [*data.left_out, *left_out]
+    problems.write_problems(left_out, skipped)
     if left_out:
-        print(f"{len(left_out):,} rows were left out: {workdir / 'skipped.jsonl'}", flush=True)
+        print(f"{len(left_out):,} rows were left out: {skipped}", flush=True)
 
     # --- result ---
     # Frozen weights are written as they were read, not as rounded for the computation.
-    result = unflatten_dict(flat | jax.device_get(state.train), sep="/")
-    if cfg.objective == "router" and cfg.model.moe:
+    result = unflatten_dict(flat | state.train, sep="/")
+    if cfg.objective == "router" and cfg.model.moe and distributed.leads():
+        judged = unflatten_dict(flat | jax.device_get(state.train), sep="/")
         held_out = data.batches(data.rest, False) if data.rest else []
         report = router.evaluate(
-            result, model, cfg.model.moe, held_out, jnp.dtype(cfg.compute_dtype)
+            judged, model, cfg.model.moe, held_out, jnp.dtype(cfg.compute_dtype)
         )
         (workdir / "router.json").write_text(json.dumps(report, indent=1) + "\n")
         print(router.report_table(report))
     checkpoint.save_model(workdir / "model", result, meta, assets_from=cfg.init)
-    print(f"model written to {workdir / 'model'}", flush=True)
+    say(f"model written to {workdir / 'model'}")
 
 
 def main(_: list[str]) -> None:
     """Runs the phase of --config; faults in the user's input end with a message and status 1."""
     logging.set_verbosity(logging.WARNING)
     try:
+        distributed.join(flags.FLAGS.config.cluster)
         train(flags.FLAGS.config, Path(flags.FLAGS.workdir))
     except (
         ConfigError,
@@ -241,7 +277,14 @@ def main(_: list[str]) -> None:
         problems.DataError,
         NotFinite,
     ) as error:
-        sys.exit(f"error: {error}")
+        distributed.stop(f"error: {error}")
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        distributed.stop(
+            f"error: {error}\nProbably another process of this run has ended; its own output says "
+            "why. Start all of them again: the run goes on from its last checkpoint"
+        )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ PACKAGE = "medmoe_jax"
 # not listed sits above and may import everything but the entry points.
 ALLOWED = {
     r"config|losses|metrics|models\.quantized": r"",
-    r"sharding|optim|upcycle|presets|checkpoint|sampling": r"config",
+    r"sharding|distributed|optim|upcycle|presets|checkpoint|sampling": r"config",
     r"models\.layers": r"models\.quantized",
     r"models\.(clip|projector|experts)": r"config|models\.layers",
     r"models\.moe": r"config|models\.(layers|experts)",

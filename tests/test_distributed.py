@@ -1,0 +1,155 @@
+"""Several processes, for real: their losses, the loss of one of them, and going on with others."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_runs
+from flax.traverse_util import flatten_dict
+
+from medmoe_jax import distributed
+from medmoe_jax.checkpoint import load_model
+from medmoe_jax.config import ClusterConfig, ConfigError, MoeConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+STEPS = 30
+
+
+@pytest.mark.parametrize(
+    ("environment", "found"),
+    [
+        ({}, False),
+        ({"SLURM_NTASKS": "4"}, False),  # the batch script itself
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "4"}, True),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "t-0,t-1"}, True),
+        ({"MEGASCALE_NUM_SLICES": "2"}, True),
+    ],
+)
+def test_clusters_are_found(environment: dict[str, str], found: bool) -> None:
+    assert distributed.several(environment) == found
+
+
+@pytest.mark.parametrize(
+    ("cfg", "message"),
+    [
+        (ClusterConfig(join="maybe"), "'auto', 'yes' or 'no'"),
+        (ClusterConfig(coordinator="a:1", processes=2, process=2), "its own number from 0"),
+        (ClusterConfig(coordinator="a:1", processes=2, join="no"), "cluster.join is 'no'"),
+        (ClusterConfig(processes=2), "cluster.coordinator=HOST:PORT"),
+    ],
+)
+def test_settings_that_cannot_be(cfg: ClusterConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        distributed.join(cfg)
+
+
+class Run:
+    """One run of stage 3 in several processes."""
+
+    def __init__(self, folder: Path, workdir: Path, processes: int, devices: int, *mesh: str):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+        env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # compiles in half the time
+        questions = folder / "questions.json"
+        command = [
+            *(sys.executable, "-m", "medmoe_jax.train"),
+            f"--config={ROOT / 'configs/stage3.py'}:tiny",
+            *(f"--workdir={workdir}", f"--config.init={folder / 'start'}"),
+            *(f"--config.data.files=('{questions}',)", "--config.data.buckets=(96,128)"),
+            *(f"--config.data.image_folder={folder / 'images'}", "--config.log.every=1"),
+            *("--config.log.save_every=5", "--config.optim.batch_size=4"),
+            *(f"--config.optim.steps={STEPS}", "--config.log.tensorboard=False", *mesh),
+        ]
+        if processes > 1:
+            command += [f"--config.cluster.coordinator=localhost:{port}"]
+            command += [f"--config.cluster.processes={processes}", "--config.cluster.heartbeat=10"]
+        self.parts = [
+            subprocess.Popen(
+                command + [f"--config.cluster.process={i}"] * (processes > 1),
+                env=env,
+                cwd=ROOT,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+            for i in range(processes)
+        ]
+
+    def finish(self) -> list[str]:
+        """What each process printed; all must have ended well."""
+        said = [part.communicate(timeout=300)[0] for part in self.parts]
+        assert [part.returncode for part in self.parts] == [0] * len(said), said
+        return said
+
+
+def losses(workdir: Path) -> list[float]:
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["loss"] for line in lines]
+
+
+def flat(workdir: Path) -> dict[str, np.ndarray]:
+    return flatten_dict(load_model(workdir / "model")[0], sep="/")
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert len(losses(one)) == STEPS
+    np.testing.assert_allclose(losses(other), losses(one), rtol=1e-4)
+    first, second = flat(one), flat(other)
+    assert first.keys() == second.keys()
+    for path, value in first.items():
+        np.testing.assert_allclose(second[path], value, atol=1e-4, err_msg=path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """start/, questions.json, and `alone`: the run of one process with one device."""
+    folder = tmp_path_factory.mktemp("distributed")
+    tiny_runs.save_start(folder / "start", moe=MoeConfig())
+    tiny_runs.save_questions(folder)
+    Run(folder, folder / "alone", 1, 1).finish()
+    return folder
+
+
+def test_two_processes_with_two_devices_each(folder: Path) -> None:
+    """The losses and the model of one process; process 0 alone speaks."""
+    mesh = ("--config.mesh.fsdp=2", "--config.mesh.expert=2")
+    first, second = Run(folder, folder / "two", 2, 2, *mesh).finish()
+    assert "model written to" in first and "model written to" not in second
+    assert "stage3:" in first and "stage3:" not in second
+    assert_same_run(folder / "alone", folder / "two")
+
+
+def test_one_process_is_lost_and_others_go_on(folder: Path) -> None:
+    """SIGKILL of one of two: the other ends by itself and says why. Four others, on another mesh,
+    go on from the last checkpoint."""
+    workdir = folder / "lost"
+    run = Run(folder, workdir, 2, 1)
+    metrics, deadline = workdir / "metrics.jsonl", time.monotonic() + 200
+    while not (metrics.exists() and metrics.read_text().count("\n") > 12):
+        assert run.parts[0].poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    run.parts[1].send_signal(signal.SIGKILL)
+    said = run.parts[0].communicate(timeout=120)[0]
+    run.parts[1].communicate()
+    assert run.parts[0].returncode != 0
+    assert "another process of this run" in said
+    assert not (workdir / "model").exists()
+    first, *_ = Run(folder, workdir, 4, 1, "--config.mesh.data=1", "--config.mesh.fsdp=4").finish()
+    assert "resumed at step" in first
+    assert_same_run(folder / "alone", workdir)
