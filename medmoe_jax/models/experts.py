@@ -6,20 +6,24 @@ The experts' parameters are stacked ([E, ...] leaves) or a tuple of E trees. The
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
 
 from medmoe_jax.models import layers
 from medmoe_jax.models.layers import Array, Params
 
 Experts = Params | tuple[Params, ...]
 FEW = 64  # (token, expert) pairs up to which only the bytes of the weights matter
-BUCKET = 64  # pairs by which the static sizes of an expert's group differ at least
+BUCKET = 32  # pairs by which the static sizes of an expert's group differ at least
 BUCKETS = 8  # most static sizes of a group, beside the empty one
+AXIS = "expert"  # the mesh axis that experts are split over, named as in `config.MeshConfig`
 
 
 def expert(p: Experts, e: int) -> Params:
@@ -33,7 +37,7 @@ def reference(p: Experts, x: Array, choice: Array, weight: Array, n_experts: int
     Args:
       p: expert parameters.
       x: [B, T, D].
-      choice: i32[B, T, K], the chosen experts.
+      choice: i32[B, T, K], the chosen experts; E stands for none of them.
       weight: f32[B, T, K], their weights.
       n_experts: E.
 
@@ -142,15 +146,13 @@ def _backward(kept: Any, dy: Array) -> tuple[Any, Array, None]:
 _sorted_rows.defvjp(_forward, _backward)
 
 
-def mixture(p: Experts, x: Array, choice: Array, weight: Array, n_experts: int) -> Array:
-    """The form for the platform, the number of devices and the number of tokens.
+def _on_one_device(p: Experts, x: Array, choice: Array, weight: Array, n_experts: int) -> Array:
+    """The form for the platform and the number of tokens.
 
     For a few tokens, as in decoding, `grouped` reads the chosen experts' weights only, on every
     platform. For many it is the fastest form on a CPU (measured against `ragged_dot` and blocks);
     elsewhere its branches would all take memory at once.
     """
-    if jax.sharding.get_abstract_mesh().size > 1:
-        return reference(p, x, choice, weight, n_experts)
     if choice.size <= FEW:
         return grouped(p, x, choice, weight, n_experts)
     return jax.lax.platform_dependent(
@@ -161,3 +163,74 @@ def mixture(p: Experts, x: Array, choice: Array, weight: Array, n_experts: int) 
         cpu=partial(grouped, n_experts=n_experts),
         default=partial(reference, n_experts=n_experts),
     )
+
+
+def spread(p: Params, x: Array, choice: Array, weight: Array, n_experts: int) -> Array:
+    """Experts split over the axis AXIS of the mesh, tokens over all its axes.
+
+    The devices along AXIS show each other their tokens. Each runs its own experts, on those tokens
+    that chose them, and the sums are sent back. No token is dropped.
+
+    Args:
+      p: stacked parameters, E a multiple of the axis' size.
+      x, choice, weight: as in `reference`, B a multiple of the number of devices.
+      n_experts: E.
+
+    Returns:
+      [B, T, D] in the dtype of x.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    devices = mesh.shape[AXIS]
+    n = n_experts // devices  # experts of a device
+    others = tuple(axis for axis in mesh.axis_names if axis != AXIS)
+
+    def run(p: Params, x: Array, choice: Array, weight: Array) -> Array:
+        # The gradients of weights that several devices hold are summed here. Without the cast they
+        # would be in the branches of `grouped`, which these devices do not all take: a deadlock.
+        p = jax.lax.pcast(p, others, to="varying")
+        if devices == 1:
+            return _on_one_device(p, x, choice, weight, n)
+        x, choice, weight = (jax.lax.all_gather(a, AXIS, tiled=True) for a in (x, choice, weight))
+        mine = choice - n * jax.lax.axis_index(AXIS)
+        mine = jnp.where((mine >= 0) & (mine < n), mine, n)
+        y = _on_one_device(p, x, mine, weight, n)
+        return jax.lax.psum_scatter(y, AXIS, tiled=True)
+
+    tokens = P(mesh.axis_names)
+    specs = P(AXIS), tokens, tokens, tokens
+    return jax.shard_map(run, in_specs=specs, out_specs=tokens)(p, x, choice, weight)
+
+
+def _obstacle(p: Experts, rows: int, n_experts: int, mesh: AbstractMesh) -> str:
+    """Why `spread` cannot be used; "" if it can."""
+    if isinstance(p, tuple):
+        return "generation keeps each expert by itself"
+    if AXIS not in mesh.shape:
+        return f"the mesh has no axis {AXIS!r}"
+    if n_experts % mesh.shape[AXIS]:
+        return f"{mesh.shape[AXIS]} devices of the axis {AXIS!r} do not divide {n_experts} experts"
+    if rows % mesh.size:
+        return f"{mesh.size} devices do not divide {rows} rows"
+    return ""
+
+
+@cache
+def _warn(obstacle: str) -> None:
+    """Says why it is slow: once, not for every layer and compilation."""
+    logging.getLogger(__name__).warning("Every expert is run on every token: %s", obstacle)
+
+
+def mixture(p: Experts, x: Array, choice: Array, weight: Array, n_experts: int) -> Array:
+    """The form for the devices at hand. Arguments and result as in `reference`.
+
+    Over several devices it is `spread` where the numbers divide, else `reference`, and the log
+    tells.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size <= 1:
+        return _on_one_device(p, x, choice, weight, n_experts)
+    if obstacle := _obstacle(p, len(x), n_experts, mesh):
+        _warn(obstacle)
+        return reference(p, x, choice, weight, n_experts)
+    assert isinstance(p, dict)
+    return spread(p, x, choice, weight, n_experts)
