@@ -23,10 +23,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from medmoe_jax import model as loaded
-from medmoe_jax.checkpoint import CheckpointError
-from medmoe_jax.config import ConfigError
 from medmoe_jax.conversation import Chat
-from medmoe_jax.convert.report import ConversionError
 from medmoe_jax.data.problems import DataError
 from medmoe_jax.model import Model, Reply
 from medmoe_jax.sampling import Sampling
@@ -169,7 +166,7 @@ def main() -> None:
         session = Session(model, how, sys.stdout)
         for file in args.image:
             session.show(file)
-    except (ConfigError, CheckpointError, ConversionError, DataError) as error:
+    except loaded.FAULTS as error:
         sys.exit(f"error: {error}")
     by_hand = sys.stdin.isatty()
     faults = run(session, typed() if by_hand else sys.stdin)

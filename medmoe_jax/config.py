@@ -286,6 +286,7 @@ class LogConfig:
     save_every: int = 500  # steps between checkpoints
     keep: int = 2  # checkpoints kept
     tensorboard: bool = True
+    profile_steps: tuple[int, ...] = ()  # (first, last): a trace of these steps in workdir/profile
 
 
 @dataclass

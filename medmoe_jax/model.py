@@ -17,9 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from medmoe_jax import checkpoint, generate, quantize
+from medmoe_jax.checkpoint import CheckpointError
 from medmoe_jax.config import ConfigError
 from medmoe_jax.conversation import Chat
 from medmoe_jax.convert.folder import model_folder
+from medmoe_jax.convert.report import ConversionError
 from medmoe_jax.data import images, templates, tokens
 from medmoe_jax.data.problems import DataError
 from medmoe_jax.models.layers import Params
@@ -29,6 +31,8 @@ from medmoe_jax.sampling import Sampling
 __all__ = ["Model", "Reply", "Request", "Sampling", "load"]
 
 DTYPES = ("float32", "bfloat16", "float16")
+# What a command that loads a model and asks it something reports to its user without a traceback.
+FAULTS = (ConfigError, CheckpointError, ConversionError, DataError)
 PARTS = ("vision", "projector", "llm")  # of the parameters that answering takes
 
 

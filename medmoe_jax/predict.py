@@ -24,9 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from medmoe_jax import model as loaded
-from medmoe_jax.checkpoint import CheckpointError
 from medmoe_jax.config import ConfigError
-from medmoe_jax.convert.report import ConversionError
 from medmoe_jax.data import images, questions
 from medmoe_jax.data.problems import DataError
 from medmoe_jax.data.questions import Question
@@ -283,7 +281,7 @@ def main() -> None:
     """Command line."""
     try:
         sys.exit(1 if predict(arguments().parse_args()) else 0)
-    except (ConfigError, CheckpointError, ConversionError, DataError) as error:
+    except loaded.FAULTS as error:
         sys.exit(f"error: {error}")
 
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from medmoe_jax.config import RunConfig
+from medmoe_jax.config import ConfigError, RunConfig
 from medmoe_jax.data.sources import Sample
 from medmoe_jax.distributed import leads
 from medmoe_jax.sharding import own_rows
@@ -54,6 +54,36 @@ class MetricWriter:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+class Trace:
+    """A profile of some steps, for TensorBoard, XProf or Perfetto."""
+
+    def __init__(self, cfg: RunConfig, workdir: Path) -> None:
+        """Raises ConfigError where the steps are no range."""
+        steps = cfg.log.profile_steps
+        if steps and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
+            raise ConfigError(f"log.profile_steps is {steps}; give the first and the last step")
+        self._first, self._last = steps or (0, 0)
+        self._folder, self._runs = workdir / "profile", False
+
+    def begin(self, number: int) -> None:
+        """Called before step `number`."""
+        if number == self._first:
+            jax.profiler.start_trace(str(self._folder))
+            self._runs = True
+
+    def end(self, number: int, metrics: dict[str, Any]) -> None:
+        """Called behind step `number`, with what it computes."""
+        if self._runs and number == self._last:
+            jax.block_until_ready(metrics)
+            self.close()
+
+    def close(self) -> None:
+        """Writes what there is."""
+        if self._runs:
+            jax.profiler.stop_trace()
+            self._runs = False
 
 
 class Reporter:

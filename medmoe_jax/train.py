@@ -38,7 +38,7 @@ from medmoe_jax import (
 )
 from medmoe_jax.config import ConfigError, ModelConfig, RunConfig
 from medmoe_jax.data import check, images, pipeline, problems, sources, tokens
-from medmoe_jax.report import NotFinite, Reporter
+from medmoe_jax.report import NotFinite, Reporter, Trace
 from medmoe_jax.validation import Validation
 
 ON_DEVICE = ("tokens", "image_pos", "labels", "mask", "images", "modality")
@@ -223,15 +223,23 @@ def train(cfg: RunConfig, workdir: Path) -> None:
 
     # --- loop ---
     validation = Validation(cfg, model) if cfg.evaluation.every else None
-    run_step = step.make_step(cfg, model, tx)
+    run_step, trace = step.make_step(cfg, model, tx), Trace(cfg, workdir)
     reporter = Reporter(cfg, workdir, first, total, optim.schedule(cfg.optim, total), data.samples)
-    with closing(checkpoints), closing(stream), closing(reporter), jax.set_mesh(mesh):
+    with (
+        closing(checkpoints),
+        closing(stream),
+        closing(reporter),
+        closing(trace),
+        jax.set_mesh(mesh),
+    ):
         for number in range(first + 1, total + 1):
+            trace.begin(number)
             asked = time.perf_counter()
             batch = next(stream)
             waited = time.perf_counter() - asked
             arrays = sharding.place_batch({k: batch[k] for k in ON_DEVICE}, mesh)
             state, metrics = run_step(state, frozen, arrays)
+            trace.end(number, metrics)
             # The metrics of the step before are read while this one runs.
             reporter.flush()
             reporter.add(number, metrics, batch, waited)

@@ -129,7 +129,9 @@ def test_learns_and_accumulates(tmp_path: Path, questions: Path):
     """Loss falls; two half batches a step give the losses of a whole one."""
     start = tiny_runs.save_start(tmp_path / "start")
     config = tiny_runs.run_config(phase("stage2"), start, questions, steps=8, lr=3e-2)
-    train.train(config, tmp_path / "whole")
+    traced = dataclasses.replace(config.log, profile_steps=(2, 3))
+    train.train(dataclasses.replace(config, log=traced), tmp_path / "whole")
+    assert list((tmp_path / "whole" / "profile").rglob("*.xplane.pb"))
     halves = dataclasses.replace(config, optim=dataclasses.replace(config.optim, accumulate=2))
     train.train(halves, tmp_path / "halves")
     whole = losses(tmp_path / "whole")

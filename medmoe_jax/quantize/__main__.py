@@ -26,9 +26,7 @@ from tqdm import tqdm
 
 from medmoe_jax import metrics, predict, quantize
 from medmoe_jax import model as loaded
-from medmoe_jax.checkpoint import CheckpointError
-from medmoe_jax.config import ConfigError, ModelConfig
-from medmoe_jax.convert.report import ConversionError
+from medmoe_jax.config import ModelConfig
 from medmoe_jax.data import questions
 from medmoe_jax.data.problems import DataError
 from medmoe_jax.data.questions import Question
@@ -256,7 +254,7 @@ def main() -> None:
     args = arguments().parse_args()
     try:
         found = measure(args)
-    except (ConfigError, CheckpointError, ConversionError, DataError) as error:
+    except loaded.FAULTS as error:
         sys.exit(f"error: {error}")
     print(report(found))
     if args.json:
