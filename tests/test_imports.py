@@ -32,7 +32,7 @@ ALLOWED = {
     r"generate|beam": r"config|losses|sampling|generate|models\..*",
     r"responder|conversation": r"config|sampling|generate|beam|responder|data\..*",
     r"model": r"config|checkpoint|sampling|generate|responder|conversation|quantize|data\..*"
-    r"|convert\.folder|models\.layers",
+    r"|convert\.(folder|report)|models\.layers",
     r"quantize": r"config|models\..*",
     r"evaluation(\..*)?": r"config|metrics|data\.(problems|sources)|evaluation(\..*)?",
 }
