@@ -70,9 +70,9 @@ class Run:
             *(sys.executable, "-m", "medmoe_jax.train"),
             f"--config={ROOT / 'configs/stage3.py'}:tiny",
             *(f"--workdir={workdir}", f"--config.init={folder / 'start'}"),
-            *(f"--config.data.files=('{questions}',)", "--config.data.buckets=(96,128)"),
+            *(f"--config.data.files=('{questions}',)", "--config.data.buckets=(128,)"),
             *(f"--config.data.image_folder={folder / 'images'}", "--config.log.every=1"),
-            *("--config.log.save_every=5", "--config.optim.batch_size=4"),
+            *("--config.remat=none", "--config.log.save_every=5", "--config.optim.batch_size=4"),
             *(f"--config.optim.steps={STEPS}", "--config.log.tensorboard=False", *mesh),
         ]
         if processes > 1:

@@ -1,0 +1,230 @@
+"""A program that compares one training step on meshes of eight virtual CPU devices with that on
+one device, and prints what it found as JSON, one object a line.
+
+`test_sharding.py` runs it: the number of devices is fixed once JAX has started.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import sys
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import small_models
+from flax.traverse_util import flatten_dict
+
+from medmoe_jax import optim, sharding, step
+from medmoe_jax.config import MeshConfig, ModelConfig, MoeConfig, OptimConfig, RunConfig
+from medmoe_jax.models import experts, layers
+
+DEVICES = 8
+ROUTINGS = ("mixed", "one expert")
+
+
+class Model(NamedTuple):
+    """What a step is about, whatever the devices."""
+
+    family: str
+    top_k: int
+    experts: int = 4
+    remat: str = "none"
+    dtype: str = "float32"
+    accumulate: int = 1
+
+
+class Case(NamedTuple):
+    """A model and the devices along data, fsdp and expert."""
+
+    model: Model
+    mesh: tuple[int, int, int]
+
+    def __str__(self) -> str:
+        return "-".join(map(str, (*self.model, "x".join(map(str, self.mesh)))))
+
+
+MESHES = ((8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 1, 4), (2, 2, 2), (4, 1, 2), (1, 4, 2))
+PHI, PHI2 = Model("phi", 1), Model("phi", 2, remat="full")
+STABLELM, STABLELM2 = Model("stablelm", 1, remat="dots"), Model("stablelm", 2)
+ALL = tuple(Case(model, mesh) for mesh in MESHES for model in (PHI, PHI2, STABLELM, STABLELM2))
+# Every mesh and every model, but not all pairs of them.
+QUICK = (
+    Case(PHI, (8, 1, 1)),
+    Case(STABLELM2, (1, 8, 1)),
+    Case(PHI, (1, 2, 4)),
+    Case(PHI2, (2, 1, 4)),
+    Case(STABLELM2, (2, 2, 2)),
+    Case(STABLELM, (4, 1, 2)),
+    Case(PHI2, (1, 4, 2)),
+    Case(Model("phi", 2, experts=6), (4, 1, 2)),
+    Case(Model("stablelm", 1, experts=2, accumulate=2), (1, 4, 2)),
+)
+REST = (
+    *(case for case in ALL if case not in QUICK),
+    Case(Model("phi", 2, remat="full", dtype="bfloat16"), (1, 2, 4)),
+)
+
+
+class Result(NamedTuple):
+    """What a step gave, for each of ROUTINGS, and what the program looks like."""
+
+    values: dict[str, dict[str, Any]]  # routing -> loss, norm, gradient, weights
+    shards: dict[str, tuple[int, ...]]  # see `parts`
+    groups: dict[str, list[int]]  # see `groups`
+
+
+def config(model: Model) -> tuple[RunConfig, ModelConfig]:
+    """A run that trains what the official stage 3 trains. The large epsilon makes Adam's step a
+    smooth function of the gradient, also where that is about zero."""
+    sizes = small_models.config(model.family, MoeConfig(model.experts, model.top_k), layers=4)
+    return RunConfig(
+        model=sizes,
+        train=("llm/moe/(experts|meta)/.*", "llm/mlp/.*", "projector/.*"),
+        compute_dtype=model.dtype,
+        frozen_dtype=model.dtype,
+        remat=model.remat,
+        loss_chunk=0,
+        optim=OptimConfig(
+            lr=1e-2, schedule="constant", warmup=0.0, eps=1e-2, accumulate=model.accumulate
+        ),
+    ), sizes
+
+
+def batch(sizes: ModelConfig, rows: int) -> dict[str, np.ndarray]:
+    """Rows of different lengths, the last one nothing but padding."""
+    found = small_models.batch(sizes, (1, 0, 2, 0, 1, 0, 1, 0) * (rows // DEVICES), text=3)
+    for key, nothing in (("tokens", 0), ("image_pos", -1), ("labels", -100), ("mask", False)):
+        found[key][-1] = nothing
+    keys = ("tokens", "image_pos", "labels", "mask", "images", "modality")
+    return {key: found[key] for key in keys}
+
+
+def parameters(sizes: ModelConfig, routing: str) -> dict[str, np.ndarray]:
+    """Random parameters; the router prefers the last expert for all tokens, if so wanted."""
+    flat = flatten_dict(small_models.params(sizes), sep="/")
+    if routing == "one expert":
+        kernel, bias = (f"llm/moe/router/fc1/{name}" for name in ("kernel", "bias"))
+        flat[kernel] = 0 * flat[kernel]
+        flat[bias] = np.broadcast_to(np.arange(flat[bias].shape[-1], dtype="f"), flat[bias].shape)
+    return flat
+
+
+def first_step(model: Model, mesh: jax.sharding.Mesh) -> Result:
+    """One step on the devices of a mesh; compiled once for all routings."""
+    run, sizes = config(model)
+    values: dict[str, dict[str, Any]] = {}
+    program: Any = None
+    shards: dict[str, tuple[int, ...]] = {}
+    rows = sharding.place_batch(batch(sizes, DEVICES * model.accumulate), mesh)
+    for routing in ROUTINGS:
+        flat = parameters(sizes, routing)
+        label = optim.labels(list(flat), run.train)
+        train, frozen = (sharding.place(part, mesh) for part in optim.split(flat, label))
+        tx = optim.make(run.optim, 10, label)
+        state = step.State(jnp.zeros((), jnp.int32), train, tx.init(train | frozen))
+        shards = parts(train)
+        with jax.set_mesh(mesh):
+            if program is None:
+                program = step.make_step(run, sizes, tx).lower(state, frozen, rows).compile()
+            state, metrics = program(state, frozen, rows)
+        assert parts(state.train) == shards, "the step has moved experts"
+        values[routing] = jax.device_get(
+            {
+                "loss": metrics["loss"],
+                "norm": metrics["grad_norm"],
+                "gradient": optax.tree.get(state.opt, "mu"),
+                "weights": state.train,
+            }
+        )
+    return Result(values, shards, groups(program.as_text()))
+
+
+def parts(flat: dict[str, jax.Array]) -> dict[str, tuple[int, ...]]:
+    """Shapes of what one device holds of the experts."""
+    held = {path: value for path, value in flat.items() if "/experts/" in path}
+    return {path: value.addressable_shards[0].data.shape for path, value in held.items()}
+
+
+def groups(program: str) -> dict[str, list[int]]:
+    """Sizes of the groups of devices that exchange tokens in a compiled program."""
+    found: dict[str, list[int]] = {}
+    for line in program.splitlines():
+        kind = re.search(r'op_name="[^"]*/shard_map/(all_gather|reduce_scatter)"', line)
+        first = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
+        if kind and first:
+            found.setdefault(kind[1], []).append(first[1].count(",") + 1)
+    return found
+
+
+@functools.cache
+def on_one_device(model: Model) -> Result:
+    """The step that all meshes must repeat."""
+    return first_step(model, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+
+
+def difference(have: Any, want: Any) -> float:
+    """Largest difference between two trees, each leaf's relative to its largest number."""
+    pairs = zip(jax.tree.leaves(have), jax.tree.leaves(want), strict=True)
+    # np.max, unlike max, lets no NaN pass.
+    return float(np.max([np.abs(a - b).max() / max(np.abs(b).max(), 1e-6) for a, b in pairs]))
+
+
+def compare(case: Case) -> dict[str, Any]:
+    """A row of the table."""
+    want = on_one_device(case.model)
+    have = first_step(case.model, sharding.make_mesh(MeshConfig(*case.mesh)))
+    return {
+        "case": str(case),
+        "differences": {
+            routing: {
+                name: difference(value, want.values[routing][name])
+                for name, value in have.values[routing].items()
+            }
+            for routing in ROUTINGS
+        },
+        "shards": have.shards,
+        "whole": want.shards,
+        "groups": have.groups,
+    }
+
+
+def idle_expert(mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """Tokens that avoid an expert whose weights are NaN: what that expert would give shows."""
+    width, n = 8, 4
+    p = small_models.fill(layers.mlp_leaves("phi", width, 12, (n,)))
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((8, 20, width)), jnp.float32)
+    choice = jnp.asarray(rng.integers(1, n, (8, 20, 1)), jnp.int32)
+    weight = jnp.ones((8, 20, 1))
+
+    def total(p: Any, x: Any) -> Any:
+        y = experts.mixture(p, x, choice, weight, n)
+        return (y * y).sum(), y
+
+    value = jax.value_and_grad(total, (0, 1), has_aux=True)
+    want = value(p, x)
+    spoilt = jax.tree.map(lambda a: np.concatenate([np.full_like(a[:1], np.nan), a[1:]]), p)
+    with jax.set_mesh(mesh):
+        have = jax.jit(value)(spoilt, x)
+    return {"case": "idle expert", "difference": difference(have, want)}
+
+
+def main() -> None:
+    """Prints the table of the cases named on the command line: QUICK or REST."""
+    jax.config.update("jax_num_cpu_devices", DEVICES)
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    # Most of the time goes into compilation: no optimisations, and few branches in `grouped`.
+    jax.config.update("jax_disable_most_optimizations", True)
+    experts.BUCKETS = 2
+    for case in {"QUICK": QUICK, "REST": REST}[sys.argv[1]]:
+        print(json.dumps(compare(case)), flush=True)
+    print(json.dumps(idle_expert(sharding.make_mesh(MeshConfig(2, 1, 4)))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
