@@ -92,9 +92,15 @@ def split_like_batch(rows: Array) -> Array:
 
 
 def make_step(
-    cfg: RunConfig, model: ModelConfig, tx: optax.GradientTransformation
+    cfg: RunConfig,
+    model: ModelConfig,
+    tx: optax.GradientTransformation,
+    start: State | None = None,
 ) -> Callable[[State, Flat, dict[str, Array]], tuple[State, dict[str, Array]]]:
     """Compiles (state, frozen, batch) -> (state, metrics); the state's buffers are reused.
+
+    With `start`, the state stays where `start` lies on the devices; left to itself, XLA may move a
+    small leaf, and then the next step is compiled anew.
 
     The loss is the mean over all labelled tokens of the step plus aux_coef times the load-balancing
     loss, whatever `optim.accumulate` is (the official code averages micro-batch means instead).
@@ -140,4 +146,7 @@ def make_step(
         }
         return State(state.step + 1, train, opt), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    if start is None:
+        return jax.jit(step, donate_argnums=0)
+    places = jax.tree.map(lambda leaf: leaf.sharding, start)
+    return jax.jit(step, donate_argnums=0, out_shardings=(places, None))

@@ -195,6 +195,11 @@ def train(cfg: RunConfig, workdir: Path) -> None:
 
     # --- where the weights come from ---
     mesh = sharding.make_mesh(cfg.mesh)
+    if cfg.optim.batch_size % mesh.size:
+        raise ConfigError(
+            f"optim.batch_size {cfg.optim.batch_size} cannot be split over {mesh.size} devices; "
+            "use a multiple of their number, or fewer devices"
+        )
     host, meta = starting_point(cfg)
     model = meta.model.validate()
     flat = flatten_dict(host, sep="/")
@@ -223,7 +228,7 @@ def train(cfg: RunConfig, workdir: Path) -> None:
 
     # --- loop ---
     validation = Validation(cfg, model) if cfg.evaluation.every else None
-    run_step, trace = step.make_step(cfg, model, tx), Trace(cfg, workdir)
+    run_step, trace = step.make_step(cfg, model, tx, state), Trace(cfg, workdir)
     reporter = Reporter(cfg, workdir, first, total, optim.schedule(cfg.optim, total), data.samples)
     with (
         closing(checkpoints),

@@ -127,12 +127,15 @@ def first_step(model: Model, mesh: jax.sharding.Mesh) -> Result:
         train, frozen = (sharding.place(part, mesh) for part in optim.split(flat, label))
         tx = optim.make(run.optim, 10, label)
         state = step.State(jnp.zeros((), jnp.int32), train, tx.init(train | frozen))
-        shards = parts(train)
+        state = sharding.everywhere(state, mesh)
+        shards, places = parts(train), jax.tree.map(lambda leaf: leaf.sharding, state)
         with jax.set_mesh(mesh):
             if program is None:
-                program = step.make_step(run, sizes, tx).lower(state, frozen, rows).compile()
+                one = step.make_step(run, sizes, tx, state)
+                program = one.lower(state, frozen, rows).compile()
             state, metrics = program(state, frozen, rows)
         assert parts(state.train) == shards, "the step has moved experts"
+        assert jax.tree.map(lambda leaf: leaf.sharding, state) == places, "the state has moved"
         values[routing] = jax.device_get(
             {
                 "loss": metrics["loss"],

@@ -143,9 +143,13 @@ def command(config: str, start: Path, questions: Path, workdir: Path, steps: int
     return [
         *(sys.executable, "-m", "medmoe_jax.train", f"--config={ROOT / 'configs' / config}"),
         *(f"--workdir={workdir}", f"--config.init={start}"),
-        *(f"--config.data.files=('{questions}',)", "--config.data.buckets=(96,128)"),
+        *(
+            f"--config.data.files=('{questions}',)",
+            "--config.data.buckets=(128,)",
+            "--config.remat=none",
+        ),
         *(f"--config.data.image_folder={questions.parent / 'images'}", "--config.log.every=1"),
-        *("--config.log.save_every=3", "--config.optim.batch_size=4"),
+        *("--config.log.save_every=5", "--config.optim.batch_size=4"),
         *(f"--config.optim.steps={steps}", "--config.log.tensorboard=False"),
     ]
 
@@ -154,14 +158,14 @@ def test_killed_run_gives_the_same_losses(tmp_path: Path, questions: Path):
     """SIGKILL in the middle, then the same command again: bit for bit the uninterrupted run."""
     start = tiny_runs.save_start(tmp_path / "start")
     env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    steps = 400
+    steps = 150
     whole = command("stage2.py:tiny", start, questions, tmp_path / "whole", steps)
     subprocess.run(whole, check=True, env=env, capture_output=True, cwd=ROOT)
     killed = command("stage2.py:tiny", start, questions, tmp_path / "killed", steps)
     running = subprocess.Popen(killed, env=env, stderr=subprocess.DEVNULL, cwd=ROOT)
     metrics = tmp_path / "killed" / "metrics.jsonl"
     deadline = time.monotonic() + 240
-    while not (metrics.exists() and metrics.read_text().count("\n") > 20):
+    while not (metrics.exists() and metrics.read_text().count("\n") > 12):
         assert running.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     running.send_signal(signal.SIGKILL)

@@ -59,7 +59,8 @@ def save_questions(folder: Path, n: int = 16) -> Path:
 
 
 def run_config(config: RunConfig, init: Path, questions: Path, **optim: Any) -> RunConfig:
-    """A phase's config made small: float32, few steps, every step logged."""
+    """A phase's config made small: float32, few steps, every step logged, and quick to compile (one
+    length, nothing computed twice)."""
     return dataclasses.replace(
         config,
         init=str(init),
@@ -67,8 +68,9 @@ def run_config(config: RunConfig, init: Path, questions: Path, **optim: Any) -> 
             config.data,
             files=(str(questions),),
             image_folder=str(questions.parent / "images"),
-            buckets=(96, 128),
+            buckets=(128,),
         ),
+        remat="none",
         optim=dataclasses.replace(config.optim, batch_size=4, **optim),
         log=dataclasses.replace(config.log, every=1, save_every=3, tensorboard=False),
     )
