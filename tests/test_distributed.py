@@ -135,10 +135,13 @@ def test_two_processes_with_two_devices_each(folder: Path) -> None:
     assert_same_run(folder / "alone", folder / "two")
 
 
-def test_one_process_is_lost_and_others_go_on(folder: Path) -> None:
-    """SIGKILL of one of two: the other ends by itself and says why. Four others, on another mesh,
-    go on from the last checkpoint."""
-    workdir = folder / "lost"
+@pytest.mark.parametrize(
+    ("processes", "devices"), [(1, 4), pytest.param(4, 1, marks=pytest.mark.slow)]
+)
+def test_one_process_is_lost_and_others_go_on(folder: Path, processes: int, devices: int) -> None:
+    """SIGKILL of one of two: the other ends by itself and says why. One alone or four others, on
+    another mesh, go on from the last checkpoint."""
+    workdir = folder / f"lost{processes}"
     run = Run(folder, workdir, 2, 1)
     metrics, deadline = workdir / "metrics.jsonl", time.monotonic() + 200
     while not (metrics.exists() and metrics.read_text().count("\n") > 12):
@@ -150,6 +153,7 @@ def test_one_process_is_lost_and_others_go_on(folder: Path) -> None:
     assert run.parts[0].returncode != 0
     assert "another process of this run" in said
     assert not (workdir / "model").exists()
-    first, *_ = Run(folder, workdir, 4, 1, "--config.mesh.data=1", "--config.mesh.fsdp=4").finish()
+    mesh = ("--config.mesh.data=1", "--config.mesh.fsdp=4")
+    first, *_ = Run(folder, workdir, processes, devices, *mesh).finish()
     assert "resumed at step" in first
     assert_same_run(folder / "alone", workdir)
