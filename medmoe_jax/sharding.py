@@ -84,22 +84,21 @@ def place(flat: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
     """Puts parameters (path -> host array, the same in every process) on the devices as the table
     says."""
 
-    def one(path: str, value: Any) -> jax.Array:
-        placement = NamedSharding(mesh, spec(path, value.shape, mesh))
-        return jax.make_array_from_callback(value.shape, placement, lambda part: value[part])
+    return {path: _put(value, mesh, spec(path, value.shape, mesh)) for path, value in flat.items()}
 
-    return {path: one(path, value) for path, value in flat.items()}
+
+def _put(value: Any, mesh: Mesh, where: P) -> jax.Array:
+    """A host array that all processes have on the devices; each process fills its own."""
+    placement = NamedSharding(mesh, where)
+    return jax.make_array_from_callback(value.shape, placement, lambda part: value[part])
 
 
 def everywhere(tree: Any, mesh: Mesh) -> Any:
     """`tree` with what is not on the mesh yet (step counters) copied to all of its devices."""
-    placement = NamedSharding(mesh, P())
 
     def one(leaf: jax.Array) -> jax.Array:
-        if isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh == mesh:
-            return leaf
-        value = np.asarray(leaf)
-        return jax.make_array_from_callback(value.shape, placement, lambda part: value[part])
+        there = isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh == mesh
+        return leaf if there else _put(np.asarray(leaf), mesh, P())
 
     return jax.tree.map(one, tree)
 

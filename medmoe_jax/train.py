@@ -44,8 +44,6 @@ from medmoe_jax.validation import Validation
 ON_DEVICE = ("tokens", "image_pos", "labels", "mask", "images", "modality")
 # The router decides in float32 whatever the rest of the model is stored in.
 KEEP_FLOAT32 = ("router/", "llm/moe/router/", "llm/moe/coefficient/")
-
-
 # May differ when a run goes on: how many devices and processes there are.
 FREE = ("mesh", "cluster")
 

@@ -117,12 +117,12 @@ def _block(
     x: Array,
     cache: Params | None,
     key: Array | None,
-    queries: int | None = None,
+    last_only: bool = False,
 ) -> tuple[Array, dict[str, Any]]:
     """One layer.
 
-    `ffn` is {"mlp": ...} or {"moe": ...}. With `queries`, the output of so many of the last tokens
-    is computed. Returns the output and what the layer reports.
+    `ffn` is {"mlp": ...} or {"moe": ...}. With `last_only`, the output of the last token alone is
+    computed. Returns the output and what the layer reports.
     """
     llm = cfg.llm
     b, t, _ = x.shape
@@ -131,9 +131,8 @@ def _block(
     v = layers.linear(p["attn"]["v"], h).reshape(b, t, llm.kv_heads, llm.head_dim)
     k = layers.rope(k, ctx.positions, llm.rotary_dim, llm.rope_theta)
     positions, mask = ctx.positions, ctx.mask
-    if queries is not None:
-        x, h, positions = (a[:, t - queries :] for a in (x, h, positions))
-        mask = mask[:, :, t - queries :]
+    if last_only:
+        x, h, positions, mask = x[:, -1:], h[:, -1:], positions[:, -1:], mask[:, :, -1:]
     q = layers.linear(p["attn"]["q"], h).reshape(b, -1, llm.heads, llm.head_dim)
     q = layers.rope(q, positions, llm.rotary_dim, llm.rope_theta)
     report: dict[str, Any] = {}
@@ -235,7 +234,7 @@ def _run_blocks(
         mine = None if cache is None else cache[i]
         # Nobody reads what the last layer says of earlier tokens, but every routing is reported.
         last = ctx.last_only and i == cfg.llm.layers - 1 and "moe" not in ffn
-        x, report = _block(block["layers"], ffn, cfg, ctx, x, mine, key, 1 if last else None)
+        x, report = _block(block["layers"], ffn, cfg, ctx, x, mine, key, last)
         if cache is not None:
             caches.append(report.pop("cache"))
         reports.append(report)
