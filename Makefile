@@ -10,7 +10,8 @@ SEED ?= 0
 WORKDIR ?= runs/demo_$(LLM)
 
 PACKAGES := absl chex flax grain jax ml_collections numpy optax orbax.checkpoint PIL safetensors \
-  tensorboardX tqdm transformers torch pytest ruff pyright nltk sacrebleu sklearn scipy matplotlib
+  tensorboardX tensorflow_datasets tqdm transformers torch pytest ruff pyright nltk sacrebleu \
+  sklearn scipy matplotlib nibabel pydicom pylibjpeg
 COMPLETE := $(shell $(PYTHON) -c 'import importlib.util as u, sys; \
   sys.exit(not all(u.find_spec(n) for n in "$(PACKAGES)".split()))' >/dev/null 2>&1 && echo yes)
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from medmoe_jax import losses
 from medmoe_jax.config import ModelConfig
-from medmoe_jax.models import decoder, layers, medmoe
+from medmoe_jax.models import decoder, medmoe
 from medmoe_jax.models.layers import Array, Params
 from medmoe_jax.sampling import Knobs, choose
 
@@ -119,10 +119,10 @@ def _run(
     reach = jnp.arange(size)[None, :] <= state.end + jnp.arange(t)[:, None]
     ctx = decoder.Context(
         positions=state.count[:, None] + jnp.maximum(jnp.cumsum(valid, -1) - 1, 0),
-        mask=layers.causal_mask(valid) if fresh else (seen[:, None] & reach[None])[:, None],
+        segments=valid.astype(jnp.int32),
         counted=valid,
+        mask=None if fresh else (seen[:, None] & reach[None])[:, None],
         write_at=state.end,
-        fresh=fresh,
         last_only=last_only,
     )
     hidden, reports = decoder.decode(p["llm"], cfg, x, ctx, state.cache)

@@ -20,9 +20,10 @@ ALLOWED = {
     r"config|losses|metrics|models\.quantized": r"",
     r"sharding|distributed|optim|upcycle|presets|checkpoint|sampling": r"config",
     r"models\.layers": r"models\.quantized",
-    r"models\.(clip|projector|experts)": r"config|models\.layers",
+    r"models\.attention": r"models\.layers",
+    r"models\.(clip|projector|experts)": r"config|models\.(attention|layers)",
     r"models\.moe": r"config|models\.(layers|experts)",
-    r"models\.decoder": r"config|models\.(layers|experts|moe)",
+    r"models\.decoder": r"config|models\.(attention|layers|experts|moe)",
     r"models\.medmoe": r"config|models\.(layers|clip|projector|decoder)",
     r"data(\..*)?": r"config|data(\..*)?",
     r"convert\.check": r"config|checkpoint|convert\..*|data\..*|models\..*|generate|losses"

@@ -18,7 +18,7 @@ import small_models
 
 from medmoe_jax import losses
 from medmoe_jax.config import ModelConfig, MoeConfig
-from medmoe_jax.models import clip, decoder, layers, medmoe
+from medmoe_jax.models import attention, clip, decoder, layers, medmoe
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -248,12 +248,11 @@ def test_grouped_attention() -> None:
     """Four query heads share two key heads; against the formula."""
     rng = np.random.default_rng(0)
     q, k, v = (rng.standard_normal((2, 5, heads, 3)).astype(np.float32) for heads in (4, 2, 2))
-    valid = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], bool)
-    mask = np.asarray(layers.causal_mask(jnp.asarray(valid)))
-    assert mask[1, 0].tolist() == (np.tri(5, dtype=bool) & valid[1]).tolist()
-    got = np.asarray(jax.jit(layers.attend)(q, k, v, mask))
+    segments = np.array([[1, 1, 2, 2, 0], [1, 1, 1, 0, 0]], np.int32)
+    seen = np.array([[1, 1, 2, 2, 2], [1, 1, 1, 1, 1]])  # padding sees the sample before it
+    got = np.asarray(jax.jit(attention.attend_causal)(q, k, v, segments))
     for b, t, n in itertools.product(range(2), range(5), range(4)):
-        here = [s for s in range(t + 1) if valid[b, s]]
+        here = [s for s in range(t + 1) if segments[b, s] == seen[b, t]]
         weights = np.exp(k[b, here, n // 2] @ q[b, t, n] / np.sqrt(3))
         want = weights @ v[b, here, n // 2] / weights.sum()
         np.testing.assert_allclose(got[b, t, n], want, atol=1e-5)

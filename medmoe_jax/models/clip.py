@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from medmoe_jax.config import VisionConfig
-from medmoe_jax.models import layers
+from medmoe_jax.models import attention, layers
 from medmoe_jax.models.layers import Array, Leaf, Params
 
 
@@ -84,7 +84,7 @@ def features(
             layers.linear(lp["attn"][n], h).reshape(m, -1, cfg.heads, cfg.width // cfg.heads)
             for n in ("q", "k", "v")
         )
-        x = x + layers.linear(lp["attn"]["out"], layers.attend(q, k, v, None).reshape(x.shape))
+        x = x + layers.linear(lp["attn"]["out"], attention.attend(q, k, v, None).reshape(x.shape))
         h = layers.layer_norm(lp["ln2"], x, cfg.norm_eps)
         return x + layers.linear(lp["fc2"], activation(layers.linear(lp["fc1"], h))), None
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from medmoe_jax.config import ModelConfig
-from medmoe_jax.models import experts, layers, moe
+from medmoe_jax.models import attention, experts, layers, moe
 from medmoe_jax.models.layers import Array, Params
 
 Cache = tuple[Params, ...]
@@ -29,12 +29,12 @@ class Context(NamedTuple):
     """What every layer reads beside its input."""
 
     positions: Array  # i32[B, T]
-    mask: Array  # bool[B, 1, T, S], see layers.attend; S = T where `fresh`
+    segments: Array  # i32[B, T], number of the sample that a token belongs to, 0 for padding
     counted: Array  # bool[B, T], tokens that count in the load-balancing loss
+    mask: Array | None = None  # bool[B, 1, T, S] over the cache; None: over these tokens, causal
     write_at: Array | None = (
         None  # i32[]: place of the first of the T tokens in the cache; None = no cache
     )
-    fresh: bool = False  # the cache is empty: the T tokens look at each other only
     last_only: bool = False  # the caller reads the output of the last of the T tokens only
     noise_key: Array | None = None  # Gumbel noise on the second choice
     probe: Params | None = None  # a router to apply to every layer's FFN input (router phase)
@@ -132,18 +132,26 @@ def _block(
     k = layers.rope(k, ctx.positions, llm.rotary_dim, llm.rope_theta)
     positions, mask = ctx.positions, ctx.mask
     if last_only:
-        x, h, positions, mask = x[:, -1:], h[:, -1:], positions[:, -1:], mask[:, :, -1:]
+        if mask is None:
+            mask = (ctx.segments == ctx.segments[:, -1:])[:, None, None]
+        else:
+            mask = mask[:, :, -1:]
+        x, h, positions = x[:, -1:], h[:, -1:], positions[:, -1:]
     q = layers.linear(p["attn"]["q"], h).reshape(b, -1, llm.heads, llm.head_dim)
     q = layers.rope(q, positions, llm.rotary_dim, llm.rope_theta)
     report: dict[str, Any] = {}
     if cache is not None:
         assert ctx.write_at is not None
         report["cache"] = _cached(cache, k, v, ctx.write_at)
-        if not ctx.fresh:
+        if ctx.mask is not None:
             k, v = (report["cache"][n].astype(x.dtype).swapaxes(1, 2) for n in ("k", "v"))
-    attention = layers.linear(p["attn"]["out"], layers.attend(q, k, v, mask).reshape(x.shape))
+    if mask is None:
+        heads = attention.attend_causal(q, k, v, ctx.segments)
+    else:
+        heads = attention.attend(q, k, v, mask)
+    attended = layers.linear(p["attn"]["out"], heads.reshape(x.shape))
     if llm.family == "stablelm":
-        x = x + attention
+        x = x + attended
         h = layers.layer_norm(p["ln2"], x, llm.norm_eps)
     if ctx.probe is not None:
         report["probe"] = moe.router_logits(ctx.probe, jax.lax.stop_gradient(h))
@@ -156,9 +164,9 @@ def _block(
             report |= {"moe_in": h, "moe_out": y, "combine": moe.combine_weights(routing)}
     else:
         y = layers.mlp(ffn["mlp"], h)
-    x = x + y if llm.family == "stablelm" else x + attention + y
+    x = x + y if llm.family == "stablelm" else x + attended + y
     if ctx.capture:
-        report |= {"hidden": x, "attn_out": attention}
+        report |= {"hidden": x, "attn_out": attended}
     return x, report
 
 

@@ -150,38 +150,6 @@ def rope(x: Array, positions: Array, rotary_dim: int, theta: float) -> Array:
     return jnp.concatenate([rotated.astype(x.dtype), x[..., rotary_dim:]], -1)
 
 
-def attend(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
-    """Softmax attention with grouped key/value heads, logits and softmax in float32.
-
-    Args:
-      q: [B, T, N, H]; k, v: [B, S, K, H] with N a multiple of K.
-      mask: bool[B, 1, T, S], True where a query may look; None = everywhere. A query that may
-        look nowhere (padding) gets some finite value.
-
-    Returns:
-      [B, T, N, H] in the dtype of q.
-    """
-    b, t, n, h = q.shape
-    s, kv = k.shape[1:3]
-    # Heads in front and the queries of a group in one axis: plain batched products, which XLA's
-    # CPU backend does best.
-    q = q.reshape(b, t, kv, n // kv, h).transpose(0, 2, 3, 1, 4).reshape(b, kv, -1, h)
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    scores = jnp.einsum("bkrh,bksh->bkrs", q * h**-0.5, k, preferred_element_type=jnp.float32)
-    if mask is not None:
-        scores = scores.reshape(b, n, t, s)
-        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min).reshape(b, kv, -1, s)
-    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    out = jnp.einsum("bkrs,bksh->bkrh", weights, v)
-    return out.reshape(b, n, t, h).swapaxes(1, 2)
-
-
-def causal_mask(valid: Array) -> Array:
-    """bool[B, 1, T, T]: a position sees the valid positions up to itself. valid: bool[B, T]."""
-    t = valid.shape[1]
-    return (jnp.tril(jnp.ones((t, t), bool))[None] & valid[:, None, :])[:, None]
-
-
 def remat(body: Callable, policy: str) -> Callable:
     """`body` with its intermediates recomputed in the backward pass.
 

@@ -92,7 +92,9 @@ def forward(
       p: parameters, see `leaves`.
       cfg: shapes.
       batch: tokens i32[B, T], image_pos i32[B, T], mask bool[B, T] and, unless no row has an image,
-        images [B, K, H, W, 3] uint8 or normalised floats. Padding is on the right.
+        images [B, K, H, W, 3] uint8 or normalised floats. Padding is on the right. Rows that hold
+        several samples have segments i32[B, T] (1, 2, ... by sample, 0 for padding) and positions
+        i32[B, T] (0, 1, ... in each sample) as well; no sample sees another.
       dtype: of the computation.
       remat: what the backward pass recomputes, see `layers.remat`.
       official_aux: padding counts in the load-balancing loss.
@@ -108,9 +110,10 @@ def forward(
     images = batch.get("images")
     image = None if images is None else image_tokens(p, cfg, images, dtype)
     x = merge(p, tokens, batch["image_pos"], mask, image, dtype)
+    places = jnp.arange(tokens.shape[1])
     ctx = decoder.Context(
-        positions=jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape),
-        mask=layers.causal_mask(mask),
+        positions=batch.get("positions", jnp.broadcast_to(places, tokens.shape)),
+        segments=batch.get("segments", mask.astype(jnp.int32)),
         counted=jnp.ones_like(mask) if official_aux else mask,
         noise_key=noise_key,
         probe=probe,
