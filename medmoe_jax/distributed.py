@@ -7,6 +7,7 @@ them see. Process 0 speaks and writes; checkpoints are written by all, each its 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from typing import NoReturn
 
@@ -26,6 +27,52 @@ def several(environment: dict[str, str]) -> bool:
     counts = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES")
     workers = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
     return len(workers) > 1 or any(int(environment.get(name) or 1) > 1 for name in counts)
+
+
+def local_devices(environment: dict[str, str]) -> list[int] | None:
+    """GPUs of this process among those it may see, under SLURM or Open MPI; None: left to JAX.
+
+    JAX itself takes one device a process there, the one with the number that the process has on
+    its node. So one process a node would use one GPU of eight, and a process that the scheduler
+    shows a single GPU would look for its fourth.
+
+    Args:
+      environment: variables. Read are the number of this process on its node and of all processes
+        there, and the GPUs that they see (`CUDA_VISIBLE_DEVICES`, else `SLURM_GPUS_ON_NODE`).
+
+    Raises:
+      ConfigError: the GPUs cannot be shared out evenly.
+    """
+    if "SLURM_STEP_TASKS_PER_NODE" in environment:
+        place = int(environment.get("SLURM_LOCALID") or 0)
+        nodes: list[int] = []  # processes of each node; "8(x2),4" is 8, 8, 4
+        for tasks, times in re.findall(
+            r"(\d+)(?:\(x(\d+)\))?", environment["SLURM_STEP_TASKS_PER_NODE"]
+        ):
+            nodes += [int(tasks)] * int(times or 1)
+        node = int(environment.get("SLURM_NODEID") or 0)
+        processes = nodes[node] if node < len(nodes) else 1
+    elif "OMPI_COMM_WORLD_LOCAL_SIZE" in environment:
+        place = int(environment.get("OMPI_COMM_WORLD_LOCAL_RANK") or 0)
+        processes = int(environment["OMPI_COMM_WORLD_LOCAL_SIZE"])
+    else:
+        return None
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        gpus = len([name for name in visible.split(",") if name.strip()])
+    else:
+        gpus = int(environment.get("SLURM_GPUS_ON_NODE") or 0)
+    if gpus == 0:
+        return None
+    if gpus == 1:
+        return [0]  # the scheduler gave each process its own
+    if gpus % processes:
+        raise ConfigError(
+            f"{processes} processes of this node cannot share its {gpus} GPUs evenly; start one a "
+            "node or one a GPU"
+        )
+    each = gpus // processes
+    return list(range(place * each, (place + 1) * each))
 
 
 def join(cfg: ClusterConfig) -> None:
@@ -53,6 +100,7 @@ def join(cfg: ClusterConfig) -> None:
             coordinator_address=cfg.coordinator or None,
             num_processes=cfg.processes or None,
             process_id=cfg.process if cfg.coordinator else None,
+            local_device_ids=local_devices(dict(os.environ)),
             heartbeat_timeout_seconds=cfg.heartbeat,
         )
     except (ValueError, RuntimeError) as error:

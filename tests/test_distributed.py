@@ -41,6 +41,37 @@ def test_clusters_are_found(environment: dict[str, str], found: bool) -> None:
     assert distributed.several(environment) == found
 
 
+SLURM = {"SLURM_STEP_TASKS_PER_NODE": "8(x2),4", "SLURM_NODEID": "0", "SLURM_LOCALID": "0"}
+EIGHT = {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "found"),
+    [
+        ({}, None),
+        (EIGHT, None),  # no scheduler: all of them, as JAX does
+        (SLURM, None),  # no GPU
+        (SLURM | EIGHT, [0]),
+        (SLURM | EIGHT | {"SLURM_LOCALID": "7"}, [7]),
+        (SLURM | EIGHT | {"SLURM_NODEID": "2", "SLURM_LOCALID": "3"}, [6, 7]),
+        (SLURM | {"SLURM_LOCALID": "5", "CUDA_VISIBLE_DEVICES": "0"}, [0]),  # its own alone
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1(x4)"} | EIGHT, list(range(8))),
+        (SLURM | {"SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_GPUS_ON_NODE": "4"}, [0, 1, 2, 3]),
+        (
+            {"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1", **EIGHT},
+            [4, 5, 6, 7],
+        ),
+    ],
+)
+def test_gpus_of_a_process(environment: dict[str, str], found: list[int] | None) -> None:
+    assert distributed.local_devices(environment) == found
+
+
+def test_gpus_that_cannot_be_shared() -> None:
+    with pytest.raises(ConfigError, match="8 processes of this node cannot share its 3 GPUs"):
+        distributed.local_devices(SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2"})
+
+
 @pytest.mark.parametrize(
     ("cfg", "message"),
     [
