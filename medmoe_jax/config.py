@@ -224,6 +224,15 @@ def model_from_dict(data: dict[str, Any]) -> ModelConfig:
         raise ConfigError(f"not a medmoe_jax model description: {error}") from error
 
 
+@dataclass(unsafe_hash=True)
+class ViewConfig:
+    """What is shown of a DICOM or NIfTI file; other images are shown as they are."""
+
+    window: str = ""  # "" = the file's own | file:1 (its second) | rgb | lung ... | LOW:HIGH
+    slice: int = -1  # slice of a volume or frame of a DICOM file, from 0; -1 = the middle one
+    axis: str = "axial"  # axial | coronal | sagittal: how a volume is cut
+
+
 @dataclass
 class DataConfig:
     """What is read and how it becomes batches."""
@@ -233,6 +242,7 @@ class DataConfig:
     eval_files: tuple[str, ...] = ()  # held-out rows: router accuracy (router phase)
     template: str = "phi"  # phi | stablelm | plain
     image_aspect: str = "pad"  # pad (to a square) | square (centre crop only, as CLIP)
+    view: ViewConfig = field(default_factory=ViewConfig)  # of DICOM and NIfTI files
     max_length: int = 2048  # tokens of one sample after image expansion; longer ones are errors
     buckets: tuple[int, ...] = (256, 512, 1024, 2048)  # tokens: lengths that batches are padded to
     workers: int = 0  # processes that read ahead; 0 = in the main process

@@ -43,6 +43,8 @@ OPTIONAL = {
     "nltk",
     "sacrebleu",
     "matplotlib",
+    "pydicom",
+    "nibabel",
 }  # extras: imported in functions, so that the rest works without
 TORCH_ONLY = ("convert.torch_model", "convert.torch_reference")  # PyTorch from top to bottom
 

@@ -11,25 +11,28 @@ Equal to Med-MoE for 8-bit images without transparency. Deliberate differences, 
 * The orientation written in the file (EXIF) is applied, so that left and right are those a viewer
   shows. The official code ignores it.
 
-Of a file with several frames the first is used, as in the official code.
+Of a file with several frames the first is used, as in the official code. DICOM and NIfTI files are
+accepted wherever an image is; `data/medical/` says what is shown of them.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from medmoe_jax.config import VisionConfig
+from medmoe_jax.config import ViewConfig, VisionConfig
+from medmoe_jax.data import medical
+from medmoe_jax.data.medical import windows
 from medmoe_jax.data.problems import DataError
+from medmoe_jax.data.size import MAX_PIXELS, check_pixels
 
 WHITE = (255, 255, 255)
-MAX_PIXELS = 89_478_485  # of a file; Pillow's own bound for a decompression bomb
 MAX_WORK_PIXELS = 4 * MAX_PIXELS  # after padding to a square, or after resizing
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000")  # no scripts
 _ORIENTATION = 0x0112  # EXIF tag
@@ -53,19 +56,22 @@ class ImageSpec:
     aspect: str = "pad"  # pad (to a square, before resizing) | square (centre crop only)
     mean: tuple[float, ...] = VisionConfig.mean  # of pixels in 0..1, R G B; by default CLIP's
     std: tuple[float, ...] = VisionConfig.std
+    view: ViewConfig = field(default_factory=ViewConfig)  # of DICOM and NIfTI files
 
     def __post_init__(self) -> None:
+        windows.check_view(self.view)
         if self.aspect not in ("pad", "square"):
             raise DataError(f"data.image_aspect {self.aspect!r} is unknown; use 'pad' or 'square'")
 
 
-def read_image_spec(file: str | Path, aspect: str) -> ImageSpec:
+def read_image_spec(file: str | Path, aspect: str, view: ViewConfig | None = None) -> ImageSpec:
     """ImageSpec of a CLIP preprocessor_config.json, today's or an older spelling.
 
     Args:
       file: the JSON file; `size` is a number or {'shortest_edge': n}, `crop_size` a number or
         {'height': n, 'width': n}.
       aspect: 'pad' or 'square'.
+      view: of DICOM and NIfTI files; default: their own window, the middle slice.
 
     Raises:
       DataError: the file cannot be read, or asks for something other than resize, centre crop and
@@ -86,6 +92,7 @@ def read_image_spec(file: str | Path, aspect: str) -> ImageSpec:
             aspect,
             tuple(config.get("image_mean") or VisionConfig.mean),
             tuple(config.get("image_std") or VisionConfig.std),
+            view or ViewConfig(),
         )
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise DataError(f"{file} is no CLIP preprocessor_config.json: {error!r}") from error
@@ -126,19 +133,38 @@ def load_image(path: str | Path, spec: ImageSpec) -> np.ndarray:
       uint8[crop, crop, 3], RGB.
 
     Raises:
+      DataError: as `open_image`, or the image is too elongated.
+    """
+    image = open_image(path, spec.view)
+    try:
+        return fit(image, spec)
+    except DataError as error:
+        raise DataError(f"image {Path(path).name!r}: {error}") from error
+
+
+def open_image(path: str | Path, view: ViewConfig | None = None) -> Image.Image:
+    """The picture in a file, at its own size: PNG, JPEG, ... (FORMATS), DICOM or NIfTI.
+
+    Args:
+      path: recognised by its content; DICOM files without a preamble by their name.
+      view: what is shown of a DICOM or NIfTI file; default: its own window, the middle slice.
+
+    Returns:
+      8-bit RGB, upright.
+
+    Raises:
       DataError: not an image, broken, truncated, of an unknown format, or absurdly large.
     """
     path = Path(path)
+    found = medical.kind(path)
+    if found:
+        return medical.open_medical(path, found, view or ViewConfig()).convert("RGB")
     try:
         with Image.open(path, formats=FORMATS) as image:
             image.verify()  # checksums of PNG files, which decoding alone does not look at
         with Image.open(path, formats=FORMATS) as image:  # verify() leaves the first one unusable
-            if image.width * image.height > MAX_PIXELS:
-                raise DataError(
-                    f"image {path.name!r} has {image.width} x {image.height} pixels; "
-                    f"{MAX_PIXELS} are allowed, make it smaller"
-                )
-            return fit(to_rgb(image), spec)
+            check_pixels(image.width, image.height, path.name)
+            return to_rgb(image)
     except DataError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
