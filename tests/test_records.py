@@ -21,10 +21,9 @@ from medmoe_jax.data.records import FEATURES, Record, Records, is_records
 
 @pytest.fixture(scope="module", autouse=True)
 def no_tensorflow() -> Iterator[None]:
-    """An import of TensorFlow fails, as where it is not installed."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "tensorflow", None)
-        yield
+    """Nothing here imports TensorFlow, even where it is installed."""
+    yield
+    assert "tensorflow" not in sys.modules
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +93,7 @@ def test_large_sets_are_split_into_files(tmp_path: Path) -> None:
 def test_which_paths_are_records(written: tuple[Path, dict[str, list[Record]]]) -> None:
     folder, _ = written
     assert is_records(folder) and is_records(folder / "test") and not is_records(folder.parent)
-    with pytest.raises(DataError, match=r"no split 'dev'; it has \['train', 'test'\]"):
+    with pytest.raises(DataError, match="no split 'dev'; it has: train, test"):
         Records(folder / "dev")
     with pytest.raises(DataError, match="no TensorFlow Datasets folder"):
         Records(folder.parent)

@@ -57,11 +57,11 @@ class Records(Sequence[Record]):
         import tensorflow_datasets as tfds
 
         try:
-            builder = tfds.builder_from_directory(self.folder)
-            splits = list(builder.info.splits)
-            if self.split not in splits:
-                raise DataError(f"{self.folder} has no split {self.split!r}; it has {splits}")
-            self._source = builder.as_data_source(self.split)
+            sources: Any = tfds.builder_from_directory(self.folder).as_data_source()
+            if self.split not in sources:
+                has = ", ".join(sources)
+                raise DataError(f"{self.folder} has no split {self.split!r}; it has: {has}")
+            self._source = sources[self.split]
             self._length = len(self._source)
         except DataError:
             raise
