@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import app, flags, logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import config_flags
@@ -29,6 +28,7 @@ from ml_collections import config_flags
 from medmoe_jax import (
     checkpoint,
     distributed,
+    layout,
     optim,
     resume,
     router,
@@ -41,9 +41,6 @@ from medmoe_jax.data import check, images, pipeline, problems, sources, tokens
 from medmoe_jax.report import NotFinite, Reporter, Trace
 from medmoe_jax.validation import Validation
 
-ON_DEVICE = ("tokens", "image_pos", "labels", "mask", "images", "modality")
-# The router decides in float32 whatever the rest of the model is stored in.
-KEEP_FLOAT32 = ("router/", "llm/moe/router/", "llm/moe/coefficient/")
 # May differ when a run goes on: how many devices and processes there are.
 FREE = ("mesh", "cluster")
 
@@ -97,22 +94,6 @@ def starting_point(cfg: RunConfig) -> tuple[dict[str, Any], checkpoint.ModelMeta
     return params, dataclasses.replace(
         meta, stage=cfg.phase, model=model, history=[*meta.history, line]
     )
-
-
-def placed(
-    cfg: RunConfig, flat: dict[str, Any], label: dict[str, str], mesh: jax.sharding.Mesh
-) -> Any:
-    """(trainable in float32, frozen in config.frozen_dtype) on the devices; the router stays
-    float32.
-    """
-    train, frozen = optim.split(flat, label)
-    train = {k: np.asarray(v, np.float32) for k, v in train.items()}
-    dtype = jnp.dtype(cfg.frozen_dtype)
-    frozen = {
-        k: np.asarray(v, np.float32 if k.startswith(KEEP_FLOAT32) else dtype)
-        for k, v in frozen.items()
-    }
-    return sharding.place(train, mesh), sharding.place(frozen, mesh)
 
 
 class Data(NamedTuple):
@@ -193,11 +174,7 @@ def train(cfg: RunConfig, workdir: Path) -> None:
 
     # --- where the weights come from ---
     mesh = sharding.make_mesh(cfg.mesh)
-    if cfg.optim.batch_size % mesh.size:
-        raise ConfigError(
-            f"optim.batch_size {cfg.optim.batch_size} cannot be split over {mesh.size} devices; "
-            "use a multiple of their number, or fewer devices"
-        )
+    layout.check_batch_size(cfg, mesh)
     host, meta = starting_point(cfg)
     model = meta.model.validate()
     flat = flatten_dict(host, sep="/")
@@ -210,11 +187,10 @@ def train(cfg: RunConfig, workdir: Path) -> None:
 
     # --- what trains ---
     label = optim.labels(list(flat), cfg.train)
-    weights, frozen = placed(cfg, flat, label, mesh)
+    weights, frozen = layout.place_weights(cfg, flat, label, mesh)
     say(optim.group_table(weights | frozen, label))
     tx = optim.make(cfg.optim, total, label)
-    state = step.State(jnp.zeros((), jnp.int32), weights, tx.init(weights | frozen))
-    state = sharding.everywhere(state, mesh)
+    state = layout.first_state(tx, weights, frozen, mesh)
 
     # --- resume ---
     checkpoints = resume.Checkpoints(workdir, cfg.log.keep)
@@ -240,7 +216,7 @@ def train(cfg: RunConfig, workdir: Path) -> None:
             asked = time.perf_counter()
             batch = next(stream)
             waited = time.perf_counter() - asked
-            arrays = sharding.place_batch({k: batch[k] for k in ON_DEVICE}, mesh)
+            arrays = sharding.place_batch({k: batch[k] for k in layout.ON_DEVICE}, mesh)
             state, metrics = run_step(state, frozen, arrays)
             trace.end(number, metrics)
             # The metrics of the step before are read while this one runs.

@@ -19,7 +19,7 @@ import optax
 import small_models
 from flax.traverse_util import flatten_dict
 
-from medmoe_jax import optim, sharding, step
+from medmoe_jax import layout, optim, sharding, step
 from medmoe_jax.config import MeshConfig, ModelConfig, MoeConfig, OptimConfig, RunConfig
 from medmoe_jax.models import experts, layers
 
@@ -123,8 +123,7 @@ def first_step(model: Model, mesh: jax.sharding.Mesh) -> Result:
         label = optim.labels(list(flat), run.train)
         train, frozen = (sharding.place(part, mesh) for part in optim.split(flat, label))
         tx = optim.make(run.optim, 10, label)
-        state = step.State(jnp.zeros((), jnp.int32), train, tx.init(train | frozen))
-        state = sharding.everywhere(state, mesh)
+        state = layout.first_state(tx, train, frozen, mesh)
         shards, places = parts(train), jax.tree.map(lambda leaf: leaf.sharding, state)
         with jax.set_mesh(mesh):
             if program is None:

@@ -30,6 +30,7 @@ ALLOWED = {
     r"|sampling",
     r"convert(\..*)?": r"config|checkpoint|convert(\..*)?",
     r"router|step|info": r"config|losses|optim|models\..*",
+    r"layout": r"config|optim|sharding|step|models\..*",
     r"generate|beam": r"config|losses|sampling|generate|models\..*",
     r"responder|conversation": r"config|sampling|generate|beam|responder|data\..*",
     r"model": r"config|checkpoint|sampling|generate|responder|conversation|quantize|data\..*"

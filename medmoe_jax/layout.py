@@ -1,0 +1,167 @@
+"""What enters a training step: shapes, dtypes and places of weights, optimiser state and batch.
+
+Training puts arrays where this says; a plan (`medmoe_jax.plan`) compiles the same step from the
+shapes alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.traverse_util import flatten_dict
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from medmoe_jax import optim, sharding
+from medmoe_jax.config import ConfigError, ModelConfig, RunConfig
+from medmoe_jax.models import medmoe, moe
+from medmoe_jax.step import State
+
+# What a step reads of a batch.
+ON_DEVICE = ("tokens", "image_pos", "labels", "mask", "images", "modality")
+# The router decides in float32 whatever the rest of the model is stored in.
+KEEP_FLOAT32 = ("router/", "llm/moe/router/", "llm/moe/coefficient/")
+
+Flat = dict[str, Any]
+
+
+def check_batch_size(cfg: RunConfig, mesh: Mesh | AbstractMesh) -> None:
+    """Raises ConfigError where a batch cannot be split over micro-batches and devices."""
+    size, parts = cfg.optim.batch_size, cfg.optim.accumulate
+    if parts < 1 or size < 1 or size % parts:
+        raise ConfigError(
+            f"optim.batch_size {size} cannot be split into {parts} micro-batches "
+            "(optim.accumulate); use a multiple"
+        )
+    if size // parts % mesh.size:
+        each = f", in {parts} micro-batches of {size // parts}," if parts > 1 else ""
+        raise ConfigError(
+            f"optim.batch_size {size}{each} cannot be split over {mesh.size} devices; "
+            "use a multiple of their number, or fewer devices"
+        )
+
+
+def dtypes(cfg: RunConfig, label: dict[str, str]) -> dict[str, np.dtype]:
+    """The dtype each parameter is kept in: float32 what trains and the router, else
+    config.frozen_dtype."""
+    single, frozen = np.dtype(np.float32), jnp.dtype(cfg.frozen_dtype)
+    return {
+        path: single if kind == optim.TRAIN or path.startswith(KEEP_FLOAT32) else frozen
+        for path, kind in label.items()
+    }
+
+
+def place_weights(
+    cfg: RunConfig, flat: Flat, label: dict[str, str], mesh: Mesh
+) -> tuple[Flat, Flat]:
+    """Host parameters (path -> array) on the devices: (trainable, frozen)."""
+    kinds = dtypes(cfg, label)
+    train, frozen = optim.split({k: np.asarray(v, kinds[k]) for k, v in flat.items()}, label)
+    return sharding.place(train, mesh), sharding.place(frozen, mesh)
+
+
+def first_state(tx: optax.GradientTransformation, train: Flat, frozen: Flat, mesh: Mesh) -> State:
+    """Step 0 of a run, from arrays on the devices."""
+    places = _beside(jax.eval_shape(tx.init, train | frozen), train, mesh)
+    opt = jax.jit(tx.init, out_shardings=places)(train | frozen)
+    return sharding.everywhere(State(jnp.zeros((), jnp.int32), train, opt), mesh)
+
+
+def _beside(opt: Any, train: Flat, mesh: Mesh) -> Any:
+    """Places of optimiser leaves: moments lie where their parameters do, counters everywhere."""
+
+    def one(path: Any, leaf: Any) -> NamedSharding:
+        owner = train.get(str(getattr(path[-1], "key", "")))
+        if owner is not None and owner.shape == leaf.shape:
+            return owner.sharding
+        return NamedSharding(mesh, P())
+
+    return jax.tree_util.tree_map_with_path(one, opt)
+
+
+def model_of(cfg: RunConfig) -> ModelConfig:
+    """The model that a phase runs: the router phase reads a dense one."""
+    if cfg.objective == "router":
+        return dataclasses.replace(cfg.model, moe=None).validate()
+    return cfg.model.validate()
+
+
+def shapes(cfg: RunConfig) -> Flat:
+    """path -> f32 ShapeDtypeStruct of all parameters of a phase.
+
+    Raises:
+      ConfigError: a router phase without config.model.moe.
+    """
+    model = model_of(cfg)
+    tree = medmoe.shapes(model)
+    if cfg.objective == "router":
+        mixture = cfg.model.moe
+        if mixture is None:
+            raise ConfigError("the router phase needs config.model.moe")
+        leaves = moe.router_leaves(model.llm.width, mixture.experts, mixture.router_layers)
+        tree |= {
+            "router": {
+                layer: {
+                    name: jax.ShapeDtypeStruct(leaf.shape, jnp.float32)
+                    for name, leaf in part.items()
+                }
+                for layer, part in leaves.items()
+            }
+        }
+    return flatten_dict(tree, sep="/")
+
+
+def abstract_weights(cfg: RunConfig, label: dict[str, str], mesh: Mesh) -> tuple[Flat, Flat]:
+    """What `place_weights` makes, as ShapeDtypeStructs with their places."""
+    kinds = dtypes(cfg, label)
+    flat = {
+        path: jax.ShapeDtypeStruct(
+            leaf.shape,
+            kinds[path],
+            sharding=NamedSharding(mesh, sharding.spec(path, leaf.shape, mesh)),
+        )
+        for path, leaf in shapes(cfg).items()
+    }
+    return optim.split(flat, label)
+
+
+def abstract_state(
+    tx: optax.GradientTransformation, train: Flat, frozen: Flat, mesh: Mesh
+) -> State:
+    """What `first_state` makes, as ShapeDtypeStructs with their places."""
+    opt = jax.eval_shape(tx.init, train | frozen)
+    opt = jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        opt,
+        _beside(opt, train, mesh),
+    )
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
+    return State(step, train, opt)
+
+
+def abstract_batch(
+    cfg: RunConfig, mesh: Mesh, length: int, images: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """A whole batch as `sharding.place_batch` gives it to a step.
+
+    Args:
+      cfg: batch size and model.
+      mesh: the devices.
+      length: T, places of a row.
+      images: images of a row.
+    """
+    rows, side = cfg.optim.batch_size, cfg.model.vision.image_size
+    place = NamedSharding(mesh, P(sharding.AXES))
+    numbers = dict.fromkeys(("tokens", "image_pos", "labels"), jnp.int32) | {"mask": jnp.bool_}
+    found = {
+        name: jax.ShapeDtypeStruct((rows, length), dtype, sharding=place)
+        for name, dtype in numbers.items()
+    }
+    found["images"] = jax.ShapeDtypeStruct((rows, images, side, side, 3), jnp.uint8, sharding=place)
+    found["modality"] = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=place)
+    return found
