@@ -14,9 +14,11 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from medmoe_jax import hardware
 from medmoe_jax.config import ConfigError, RunConfig
 from medmoe_jax.data.sources import Sample
 from medmoe_jax.distributed import leads
+from medmoe_jax.flops import Costs
 from medmoe_jax.sharding import own_rows
 
 
@@ -54,6 +56,16 @@ class MetricWriter:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def model_flops(costs: Costs, batch: dict[str, np.ndarray], patches: int) -> float:
+    """Model FLOPs of a step on a batch: of its real tokens, each seeing its own sample, and of the
+    images that are in them."""
+    images = (batch["image_pos"] >= 0).sum() / patches
+    segments = batch.get("segments", batch["mask"].astype(np.int32))
+    rows, _ = np.nonzero(segments)
+    _, lengths = np.unique(np.stack([rows, segments[segments > 0]]), axis=1, return_counts=True)
+    return costs.total(lengths.tolist(), float(images))
 
 
 class Trace:
@@ -97,9 +109,13 @@ class Reporter:
         total: int,
         rate: Callable[[int], Any],
         samples: Sequence[Sample],
+        costs: Costs,
     ) -> None:
         self._every, self._total, self._rate = cfg.log.every, total, rate
-        self._samples = samples
+        self._samples, self._costs = samples, costs
+        peak = hardware.peak(jax.devices()[0].device_kind, cfg.compute_dtype)
+        self._peak = None if peak is None else peak * jax.device_count()
+        self._patches = cfg.model.vision.patches
         self._writer = MetricWriter(workdir, first, cfg.log.tensorboard) if leads() else None
         self._bar = tqdm(
             total=total,
@@ -139,6 +155,10 @@ class Reporter:
         self._bar.update()
         if self._writer and (number % self._every == 0 or number in (1, self._total)):
             scalars |= {"lr": float(self._rate(number - 1)), "tokens_per_second": speed}
+            flops = model_flops(self._costs, batch, self._patches) * jax.process_count()
+            scalars["model_flops_per_second"] = flops / seconds
+            if self._peak is not None:
+                scalars["mfu"] = flops / seconds / self._peak
             self._writer.write(number, scalars | {"seconds": seconds, "data_seconds": waited})
 
     def evaluated(self, number: int, figures: dict[str, float]) -> None:

@@ -28,6 +28,7 @@ from ml_collections import config_flags
 from medmoe_jax import (
     checkpoint,
     distributed,
+    flops,
     layout,
     optim,
     resume,
@@ -203,7 +204,8 @@ def train(cfg: RunConfig, workdir: Path) -> None:
     # --- loop ---
     validation = Validation(cfg, model) if cfg.evaluation.every else None
     run_step, trace = step.make_step(cfg, model, tx, state), Trace(cfg, workdir)
-    reporter = Reporter(cfg, workdir, first, total, optim.schedule(cfg.optim, total), data.samples)
+    rate, costs = optim.schedule(cfg.optim, total), flops.costs(cfg, model, label)
+    reporter = Reporter(cfg, workdir, first, total, rate, data.samples, costs)
     with (
         closing(checkpoints),
         closing(stream),

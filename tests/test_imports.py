@@ -17,7 +17,7 @@ PACKAGE = "medmoe_jax"
 # Module (regex) -> what it may import from this package (regex). The first match decides; what is
 # not listed sits above and may import everything but the entry points.
 ALLOWED = {
-    r"config|losses|metrics|models\.quantized": r"",
+    r"config|hardware|losses|metrics|models\.quantized": r"",
     r"sharding|distributed|optim|upcycle|presets|checkpoint|sampling": r"config",
     r"models\.layers": r"models\.quantized",
     r"models\.attention": r"models\.layers",
@@ -30,6 +30,7 @@ ALLOWED = {
     r"|sampling",
     r"convert(\..*)?": r"config|checkpoint|convert(\..*)?",
     r"router|step|info": r"config|losses|optim|models\..*",
+    r"flops": r"config|optim",
     r"layout": r"config|optim|sharding|step|models\..*",
     r"generate|beam": r"config|losses|sampling|generate|models\..*",
     r"responder|conversation": r"config|sampling|generate|beam|responder|data\..*",
