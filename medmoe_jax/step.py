@@ -91,6 +91,15 @@ def split_like_batch(rows: Array) -> Array:
     return jax.lax.with_sharding_constraint(rows, jax.P(mesh.axis_names))
 
 
+def dealt(x: Array, parts: int) -> Array:
+    """[B, ...] -> [parts, B / parts, ...], row r going to part r % parts.
+
+    Every device holds neighbouring rows, so it keeps its own in every part: none moves. Which rows
+    make up a part does not depend on the devices.
+    """
+    return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
+
+
 def make_step(
     cfg: RunConfig,
     model: ModelConfig,
@@ -119,7 +128,7 @@ def make_step(
         return loss.rows.sum() + coef * loss.aux * loss.counts.sum(), loss
 
     def step(state: State, frozen: Flat, batch: dict[str, Array]) -> tuple[State, dict[str, Array]]:
-        pieces = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+        pieces = jax.tree.map(lambda x: dealt(x, parts), batch)
         keys = jax.random.split(jax.random.fold_in(jax.random.key(cfg.seed), state.step), parts)
 
         def accumulate(grads: Flat, piece: tuple[dict[str, Array], Array]) -> tuple[Flat, Loss]:
@@ -142,7 +151,7 @@ def make_step(
             "aux": aux,
             "grad_norm": optax.tree.norm(grads),
             "tokens": loss.counts.sum(),
-            "rows": split_like_batch((loss.rows / jnp.maximum(loss.counts, 1)).reshape(-1)),
+            "rows": split_like_batch((loss.rows / jnp.maximum(loss.counts, 1)).T.reshape(-1)),
         }
         return State(state.step + 1, train, opt), metrics
 

@@ -73,6 +73,7 @@ class Result(NamedTuple):
     values: dict[str, dict[str, Any]]  # routing -> loss, norm, gradient, weights
     shards: dict[str, tuple[int, ...]]  # see `parts`
     groups: dict[str, list[int]]  # see `groups`
+    program: dict[str, Any]  # see `facts`
 
 
 def config(model: Model) -> tuple[RunConfig, ModelConfig]:
@@ -140,7 +141,7 @@ def first_step(model: Model, mesh: jax.sharding.Mesh) -> Result:
                 "weights": state.train,
             }
         )
-    return Result(values, shards, groups(program.as_text()))
+    return Result(values, shards, groups(program.as_text()), facts(program, state))
 
 
 def parts(flat: dict[str, jax.Array]) -> dict[str, tuple[int, ...]]:
@@ -158,6 +159,29 @@ def groups(program: str) -> dict[str, list[int]]:
         if kind and first:
             found.setdefault(kind[1], []).append(first[1].count(",") + 1)
     return found
+
+
+def facts(program: Any, state: step.State) -> dict[str, Any]:
+    """What a compiled step does beside its mathematics.
+
+    Returns:
+      leaves: of the state; reused: of them, those whose buffers are taken for the result. images:
+      lines that send images to other devices. host: lines that talk to the host.
+    """
+    moments = optax.tree.get(state.opt, "mu")
+    assert {k: v.sharding for k, v in moments.items() if isinstance(v, jax.Array)} == {
+        path: leaf.sharding for path, leaf in state.train.items()
+    }, "moments lie elsewhere than their weights, or are of frozen ones"
+    header, *lines = program.as_text().splitlines()
+    call = re.compile(r" = (.*?) (all-|collective-|reduce-|infeed|outfeed|send|recv)[\w-]*\(")
+    calls = [(found[1], found[2], line) for line in lines if (found := call.search(line))]
+    return {
+        "leaves": len(jax.tree.leaves(state)),
+        "reused": header.count("-alias)"),
+        "images": [line for kind, name, line in calls if "-" in name and "8,8,3]" in kind],
+        "host": [line for _, name, line in calls if "-" not in name]
+        + [line for line in lines if "callback" in line],
+    }
 
 
 @functools.cache
@@ -189,6 +213,7 @@ def compare(case: Case) -> dict[str, Any]:
         "shards": have.shards,
         "whole": want.shards,
         "groups": have.groups,
+        "program": have.program,
     }
 
 

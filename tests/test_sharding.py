@@ -75,6 +75,15 @@ def test_experts_are_split(case: Case, where: str) -> None:
     assert all(size == devices for sizes in row["groups"].values() for size in sizes)
 
 
+@pytest.mark.parametrize(("case", "where"), CASES)
+def test_a_step_moves_what_it_must(case: Case, where: str) -> None:
+    """The state is changed in its place, images stay where they are (also in micro-batches), and
+    nothing goes through the host."""
+    program = table(where)[str(case)]["program"]
+    assert program["reused"] == program["leaves"] > 20
+    assert program["images"] == program["host"] == []
+
+
 def test_experts_run_on_the_tokens_that_chose_them() -> None:
     assert table("QUICK")["idle expert"]["difference"] < 1e-5
 

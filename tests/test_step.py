@@ -142,7 +142,7 @@ def test_frozen_parameters_are_left_alone(params: Any, batch: Any) -> None:
 
 def test_accumulation_is_one_large_batch(batch: Any) -> None:
     """Two micro-batches with unlike numbers of labels give the mean over all labelled tokens."""
-    assert (batch["labels"][:2] >= 0).sum() != (batch["labels"][2:] >= 0).sum()
+    assert (batch["labels"][::2] >= 0).sum() != (batch["labels"][1::2] >= 0).sum()
     model = small_models.config("stablelm", layers=1)
     results = []
     for parts in (1, 2):
