@@ -36,13 +36,21 @@ class DataError(ValueError):
         self.problems = tuple(problems)
 
 
-def settle(problems: Sequence[Problem], on_error: str, total: int | None = None) -> None:
+def settle(
+    problems: Sequence[Problem],
+    on_error: str,
+    total: int | None = None,
+    remedy: str = "--config.data.on_error=skip",
+    place: str = "--config.data.image_folder",
+) -> None:
     """Applies the `on_error` rule to the problems found.
 
     Args:
       problems: what was found; nothing happens where it is empty.
       on_error: 'error' raises, 'skip' returns.
       total: rows looked at; None where reading has not come to an end.
+      remedy: what the command calls 'skip'.
+      place: what the command calls the folder to look at where no row is left.
 
     Raises:
       DataError: once for all problems ('error'), or where 'skip' would leave no row, or where
@@ -59,9 +67,9 @@ def settle(problems: Sequence[Problem], on_error: str, total: int | None = None)
     if len(problems) > SHOWN:
         lines.append(f"  ... and {len(problems) - SHOWN} more")
     if some_left:
-        lines.append("Correct these rows, or leave them out with --config.data.on_error=skip")
+        lines.append(f"Correct these rows, or leave them out with {remedy}")
     else:
-        lines.append("No row is left. Check the files and --config.data.image_folder")
+        lines.append(f"No row is left. Check the files and {place}")
     raise DataError("\n".join(lines), problems)
 
 

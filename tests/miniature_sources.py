@@ -1,0 +1,115 @@
+"""Miniature sources for tests: the files of every data set as they are distributed, field by field,
+with the defects that the real ones have. Pictures are random."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+from pyarrow import parquet
+
+
+def picture(seed: int, kind: str = "JPEG", size: tuple[int, int] = (24, 18)) -> bytes:
+    """A random picture in a format of Pillow's."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, kind)
+    return stream.getvalue()
+
+
+def put(path: Path, data: bytes) -> Path:
+    """Writes a file and the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def save_json(path: Path, content: Any) -> Path:
+    """Writes JSON as the originals have it."""
+    return put(path, json.dumps(content, ensure_ascii=False).encode())
+
+
+def save_parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Writes a parquet file as the Hugging Face hub has them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
+    return path
+
+
+def embedded(seed: int, kind: str = "JPEG", name: str | None = None) -> dict[str, Any]:
+    """The image column of such a file."""
+    return {"bytes": picture(seed, kind), "path": name}
+
+
+def rad_row(qid: Any, image: str, question: str, answer: Any, **other: Any) -> dict[str, Any]:
+    """A row of VQA-RAD with all its fields."""
+    return {
+        "qid": qid,
+        "phrase_type": "freeform",
+        "qid_linked_id": f"link-{qid}",
+        "image_case_url": f"https://medpix.nlm.nih.gov/case?id={qid}",
+        "image_name": image,
+        "image_organ": "HEAD",
+        "evaluation": "evaluated",
+        "question": question,
+        "question_rephrase": "NULL",
+        "question_relation": "NULL",
+        "question_frame": "NULL",
+        "question_type": "PRES",
+        "answer": answer,
+        "answer_type": "CLOSED",
+    } | other
+
+
+def vqa_rad(folder: Path) -> Path:
+    """VQA-RAD as released: 8 rows, 4 pictures, no bad row."""
+    for n in range(4):
+        put(folder / "VQA_RAD Image Folder" / f"synpic{n}.jpg", picture(n))
+    rows = [
+        rad_row(1, "synpic0.jpg", "Is there a bleed?", "Yes"),
+        rad_row(2, "synpic0.jpg", "What modality is this?", "MR - FLAIR", answer_type="OPEN",
+                question_type="MODALITY", phrase_type="para"),
+        rad_row("3", "synpic1.jpg", "How many lesions are\tthere?", 2, answer_type="OPEN ",
+                image_organ="CHEST", question_type="COUNT"),
+        rad_row(4, "synpic1.jpg", "Is the heart enlarged?", "\tNo ", answer_type=" CLOSED ",
+                image_organ="CHEST ", question_type="SIZE, pres"),
+        rad_row(5, "synpic2.jpg", "Which side?", "left", answer_type="open", image_organ="ABD",
+                phrase_type="test_freeform"),
+        rad_row(6, "synpic3.jpg", "Is this normal?", "no", phrase_type="test_para", answer_type=""),
+        rad_row(7, "synpic3.jpg", "Is this a CT?", "no", phrase_type="test_freeform",
+                answer_type="wrong", question_type="MODALITY"),
+        rad_row(1, "synpic0.jpg", "Is there a bleed?", "Yes"),
+    ]  # fmt: skip
+    save_json(folder / "VQA_RAD Dataset Public.json", rows)
+    return folder
+
+
+def vqa_rad_mirror(folder: Path) -> Path:
+    """VQA-RAD as parquet: 3 + 2 rows."""
+    train = [
+        {"image": embedded(0), "question": "is there a bleed?", "answer": "yes"},
+        {"image": embedded(0), "question": "what is the modality?", "answer": "ct with contrast"},
+        {"image": embedded(1, "PNG"), "question": "which side?", "answer": "left"},
+    ]
+    test = [
+        {"image": embedded(0), "question": "is it large?", "answer": "no"},
+        {"image": embedded(2), "question": "where is it?", "answer": "in the lung"},
+    ]
+    save_parquet(folder / "data" / "train-00000-of-00001-eb8844602202be60.parquet", train)
+    save_parquet(folder / "data" / "test-00000-of-00001-e5bc3d208bb4deeb.parquet", test)
+    return folder
+
+
+def zipped(folder: Path, archive: Path) -> Path:
+    """Packs a folder, its name included, and returns the archive."""
+    with zipfile.ZipFile(archive, "w") as stream:
+        for file in sorted(folder.rglob("*")):
+            if file.is_file():
+                stream.write(file, file.relative_to(folder.parent).as_posix())
+    return archive
