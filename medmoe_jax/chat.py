@@ -20,10 +20,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
-import numpy as np
-
 from medmoe_jax import model as loaded
 from medmoe_jax.conversation import Chat
+from medmoe_jax.data.medical import flags
 from medmoe_jax.data.problems import DataError
 from medmoe_jax.model import Model, Reply
 from medmoe_jax.sampling import Sampling
@@ -49,7 +48,7 @@ class Session:
     def __init__(self, model: Model, how: Sampling, out: TextIO) -> None:
         self.chat: Chat = model.chat(how)
         self.out = out
-        self.waiting: list[tuple[str, np.ndarray]] = []  # images for the next question
+        self.waiting: list[str] = []  # image files for the next question
         self.history: list[dict[str, Any]] = []
         self.faults = 0
 
@@ -85,24 +84,27 @@ class Session:
         """Reads an image for the next question."""
         if not file:
             raise DataError("/image needs a file")
-        self.waiting.append((file, self.chat.model.pixels(file)[0]))
+        self.chat.model.pixels(file)  # what is wrong with it is said now
+        self.waiting.append(file)
         self.say(f"{file} is shown with the next question")
 
     def ask(self, question: str) -> None:
         """Streams the answer."""
-        shown = [pixels for _, pixels in self.waiting]
-        for piece in self.chat.stream(question, shown):
+        for piece in self.chat.stream(question, list(self.waiting)):
             self.say(piece, end="")
         reply = self.chat.reply
         assert reply is not None
         self.say(f"\n{certainty(reply)}")
+        for warning in reply.warnings:
+            self.say(f"warning: {warning}")
         self.history.append(
             {
-                "images": [file for file, _ in self.waiting],
+                "images": self.waiting,
                 "question": question,
                 "answer": reply.text,
                 "confidence": reply.confidence,
                 "router": reply.modality,
+                **({"warnings": list(reply.warnings)} if reply.warnings else {}),
             }
         )
         self.waiting = []
@@ -151,6 +153,7 @@ def main() -> None:
     add("--seed", type=int, default=0)
     add("--bits", type=int, choices=(0, 4, 8), default=0, help="size of the weights; 0 = as saved")
     add("--dtype", default="", help="default: float32 on a CPU, bfloat16 elsewhere")
+    flags.add_view(parser)
     args = parser.parse_args()
     print(NOTICE, flush=True)
     try:
@@ -161,7 +164,11 @@ def main() -> None:
             seed=args.seed,
         )
         model = loaded.load(
-            args.model_path, template=args.conv_mode, dtype=args.dtype, bits=args.bits
+            args.model_path,
+            template=args.conv_mode,
+            dtype=args.dtype,
+            view=flags.view(args),
+            bits=args.bits,
         )
         session = Session(model, how, sys.stdout)
         for file in args.image:

@@ -11,7 +11,15 @@ import numpy as np
 from medmoe_jax import generate
 from medmoe_jax.config import ConfigError
 from medmoe_jax.data import merge, templates, tokens
-from medmoe_jax.responder import EVERY_STOP, UNFINISHED, Pictures, Reply, Responder
+from medmoe_jax.responder import (
+    EVERY_STOP,
+    UNFINISHED,
+    Pictures,
+    Reply,
+    Responder,
+    mismatch,
+    tagged,
+)
 from medmoe_jax.sampling import Sampling
 
 
@@ -33,6 +41,7 @@ class Chat:
     _state: generate.State | None = None
     _pending: list[int] = field(default_factory=list)  # ids said that the cache does not hold
     _modality: dict[str, float] | None = None  # of the last images shown
+    _tagged: tuple[str, ...] = ()  # modalities that the files of these say they have
 
     def __post_init__(self) -> None:
         if self.sampling.beams > 1:
@@ -42,7 +51,7 @@ class Chat:
     def reset(self) -> None:
         """Forgets everything that was said and shown."""
         self.turns, self.reply, self._state, self._pending = [], None, None, []
-        self._modality = None
+        self._modality, self._tagged = None, ()
 
     def ask(self, question: str, pictures: Pictures = None) -> Reply:
         """The answer to the next question; `pictures` are shown before it."""
@@ -80,7 +89,10 @@ class Chat:
         """Texts of the answer as it grows; the turn is written down at the end, also where the
         caller stops listening."""
         model, how = self.model, self.sampling
-        state = self._read(question, model.pixels(pictures))
+        shown = model.pixels(pictures)
+        if len(shown):
+            self._tagged = tagged(pictures)
+        state = self._read(question, shown)
         start, left, reply = int(state.end), model.left(state), None
         used = None if state.used is None else np.array(state.used)
         pairs = model.running(state, how, [len(self.turns)], every)
@@ -146,5 +158,6 @@ class Chat:
             used[:, ids[:kept]] = True
             state = state._replace(used=jnp.asarray(used))
         self._state, self._pending = state, ids[kept:]
-        self.reply = replace(reply, modality=self._modality)
+        warnings = mismatch(self._tagged, self._modality)
+        self.reply = replace(reply, modality=self._modality, warnings=warnings)
         self.turns += [question, reply.text]

@@ -2,7 +2,7 @@
 
     model = medmoe_jax.load("runs/stage3/model")
     reply = model.generate("Is there a lesion?", "image.png", options=("yes", "no"))
-    print(reply.text, reply.confidence, reply.options, reply.modality)
+    print(reply.text, reply.confidence, reply.options, reply.modality, reply.warnings)
 
 `responder.py` has the steps, `conversation.py` the chat. Not for clinical use.
 """
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from medmoe_jax import checkpoint, generate, quantize
 from medmoe_jax.checkpoint import CheckpointError
-from medmoe_jax.config import ConfigError
+from medmoe_jax.config import ConfigError, ViewConfig
 from medmoe_jax.conversation import Chat
 from medmoe_jax.convert.folder import model_folder
 from medmoe_jax.convert.report import ConversionError
@@ -147,6 +147,7 @@ def load(
     template: str = "",
     dtype: str = "",
     aspect: str = "pad",
+    view: ViewConfig | None = None,
     vision: str | Path | None = None,
     bits: int = 0,
 ) -> Model:
@@ -158,6 +159,7 @@ def load(
       dtype: of weights (the router's excepted) and computation; default: float32 on a CPU, bfloat16
         elsewhere.
       aspect: 'pad' shows the whole image as in training, 'square' crops as the official evaluation.
+      view: what is shown of DICOM and NIfTI files; default: their own window, the middle slice.
       vision: CLIP folder, where a PyTorch folder does not hold one.
       bits: 8 or 4 for weights of that size (see `quantize`); 0 = as they are.
 
@@ -179,7 +181,7 @@ def load(
             )
         family = meta.model.llm.family
         tokenizer = tokens.load_tokenizer(folder / "tokenizer", family)
-        spec = images.read_image_spec(folder / "preprocessor_config.json", aspect)
+        spec = images.read_image_spec(folder / "preprocessor_config.json", aspect, view)
 
     whole = generate.for_generation({part: params[part] for part in PARTS}, meta.model)
     if bits:

@@ -26,10 +26,12 @@ from tqdm import tqdm
 from medmoe_jax import model as loaded
 from medmoe_jax.config import ConfigError
 from medmoe_jax.data import images, questions
+from medmoe_jax.data.medical import flags
 from medmoe_jax.data.problems import DataError
 from medmoe_jax.data.questions import Question
 from medmoe_jax.evaluation.controls import CONTROLS
 from medmoe_jax.model import Model, Reply, Request
+from medmoe_jax.responder import tagged
 from medmoe_jax.sampling import Sampling
 
 SHOWN_PROBLEMS = 10
@@ -89,7 +91,8 @@ def replies(
             shown = pixels(question, folder, model.spec, control)
             options = question.options if score_options else ()
             seed = zlib.crc32(str(question.id).encode())
-            ready = Request(question.text, shown, options, seed)
+            files = [folder / name for name in question.images] if control == "shown" else ()
+            ready = Request(question.text, shown, options, seed, tagged(files))
             model.check_request(ready)
             return ready
         except DataError as error:
@@ -123,6 +126,8 @@ def row(question: Question, reply: Reply | DataError, model_id: str, control: st
         metadata |= {"tokens": len(reply.ids), "finished": reply.finished}
         if reply.options is not None:
             metadata["options"] = reply.options
+        if reply.warnings:
+            metadata["warnings"] = list(reply.warnings)
     return {
         "question_id": question.id,
         "prompt": question.text,
@@ -184,6 +189,7 @@ def predict(args: argparse.Namespace) -> int:
 
     Returns the number of questions that could not be answered.
     """
+    view = flags.view(args)
     if args.batch_size < 1:
         raise ConfigError(f"--batch-size is {args.batch_size}; it must be 1 or more")
     asked = questions.read_questions(args.question_file)
@@ -213,6 +219,7 @@ def predict(args: argparse.Namespace) -> int:
             template=args.conv_mode,
             dtype=args.dtype,
             aspect=args.image_aspect,
+            view=view,
             bits=args.bits,
         )
         stream = replies(
@@ -236,6 +243,14 @@ def predict(args: argparse.Namespace) -> int:
             progress.add(question.row, row(question, reply, str(args.model_path), args.images))
     progress.finish()
     faults = [a for a in progress.rows.values() if "error" in a["metadata"]]
+    warned = [a for a in progress.rows.values() if "warnings" in a["metadata"]]
+    for answer in warned[:SHOWN_PROBLEMS]:
+        print(
+            f"warning: {answer['question_id']}: {answer['metadata']['warnings'][0]}",
+            file=sys.stderr,
+        )
+    if len(warned) > SHOWN_PROBLEMS:
+        print(f"warning: {len(warned)} answers have warnings in their rows", file=sys.stderr)
     print(f"{len(progress.rows) - len(faults)} answers in {args.answers_file}")
     for answer in faults[:SHOWN_PROBLEMS]:
         print(f"not answered: {answer['question_id']}: {answer['metadata']['error']}")
@@ -274,6 +289,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--score-options", action="store_true", help="weigh the options of rows that have them")
     add("--bits", type=int, choices=(0, 4, 8), default=0, help="size of the weights; 0 = as saved")
     add("--dtype", default="", help="default: float32 on a CPU, bfloat16 elsewhere")
+    flags.add_view(parser)
     return parser
 
 

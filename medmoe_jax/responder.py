@@ -18,7 +18,7 @@ from PIL import Image
 
 from medmoe_jax import beam, generate, sampling
 from medmoe_jax.config import MODALITIES, ModelConfig
-from medmoe_jax.data import images, merge, templates, tokens
+from medmoe_jax.data import images, medical, merge, templates, tokens
 from medmoe_jax.data.problems import DataError
 from medmoe_jax.sampling import Sampling
 
@@ -42,6 +42,7 @@ class Reply:
       modality: the router's posterior over the modalities ("expert 0", ... where the experts are
         not the four modalities); None in a dense model.
       options: probability of each given option among them; None where none were given.
+      warnings: where the Modality tag of a DICOM file and the router disagree.
     """
 
     text: str
@@ -50,6 +51,7 @@ class Reply:
     finished: bool
     modality: dict[str, float] | None
     options: dict[str, float] | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def confidence(self) -> float:
@@ -66,12 +68,46 @@ class Request:
       pictures: uint8[K, H, W, 3], shown before the question; K may be 0.
       options: answers to score.
       seed: of the row's draws.
+      tagged: modalities that the files say they have (`tagged`).
     """
 
     question: str
     pictures: np.ndarray
     options: tuple[str, ...] = ()
     seed: int = 0
+    tagged: tuple[str, ...] = ()
+
+
+def tagged(pictures: Pictures) -> tuple[str, ...]:
+    """What the files among the pictures say their modality is, each once; DICOM files do.
+
+    Raises:
+      DataError: a file cannot be read.
+    """
+    files = [p for p in _each(pictures) if isinstance(p, (str, Path))]
+    return tuple(sorted({medical.modality(Path(file)) for file in files} - {""}))
+
+
+def mismatch(tags: Sequence[str], posterior: dict[str, float] | None) -> tuple[str, ...]:
+    """A warning where the router takes the images for something that no file says it is."""
+    if not tags or posterior is None or tuple(posterior) != MODALITIES:
+        return ()
+    router = max(posterior, key=lambda name: posterior[name])
+    if router in tags:
+        return ()
+    return (
+        f"the file's Modality tag says {' and '.join(tags)}, the router takes it for {router} "
+        f"({posterior[router]:.0%})",
+    )
+
+
+def _each(pictures: Pictures) -> Sequence[Picture]:
+    """The pictures of one question as a sequence."""
+    if pictures is None:
+        return ()
+    if isinstance(pictures, (str, Path, Image.Image, np.ndarray)):
+        return (pictures,)
+    return pictures
 
 
 @dataclass
@@ -89,7 +125,8 @@ class Responder:
         self, question: str, pictures: Pictures, options: Sequence[str] = (), seed: int = 0
     ) -> Request:
         """A row of a batch; images are read here."""
-        return Request(question, self.pixels(pictures), tuple(options), seed)
+        shown = self.pixels(pictures)
+        return Request(question, shown, tuple(options), seed, tagged(pictures))
 
     def pixels(self, pictures: Pictures) -> np.ndarray:
         """uint8[K, H, W, 3] as the vision tower takes them.
@@ -97,13 +134,7 @@ class Responder:
         Raises:
           DataError: a file that cannot be read, or an array that is no image.
         """
-        if pictures is None:
-            shown: Sequence[Picture] = ()
-        elif isinstance(pictures, (str, Path, Image.Image, np.ndarray)):
-            shown = (pictures,)
-        else:
-            shown = pictures
-        size = self.spec.crop
+        shown, size = _each(pictures), self.spec.crop
         empty = np.zeros((0, size, size, 3), np.uint8)
         return np.stack([self._pixels(p) for p in shown]) if shown else empty
 
@@ -165,7 +196,8 @@ class Responder:
             weights = np.exp(scores - scores.max())
             shares = dict(zip(request.options, (weights / weights.sum()).tolist(), strict=True))
         modality = None if posterior is None else self.modality(posterior[row])
-        return replace(reply, modality=modality, options=shares)
+        warnings = mismatch(request.tagged, modality)
+        return replace(reply, modality=modality, options=shares, warnings=warnings)
 
     def read(
         self, requests: Sequence[Request], room: int, how: Sampling | None = None, rows: int = 0

@@ -115,7 +115,7 @@ def load_data(cfg: RunConfig, model: ModelConfig) -> Data:
     """
     tokenizer = tokens.load_tokenizer(Path(cfg.init) / "tokenizer", model.llm.family)
     settings = Path(cfg.init) / "preprocessor_config.json"
-    spec = images.read_image_spec(settings, cfg.data.image_aspect)
+    spec = images.read_image_spec(settings, cfg.data.image_aspect, cfg.data.view)
     if spec.crop != model.vision.image_size:
         raise ConfigError(
             f"{settings} makes images of {spec.crop} pixels, the vision tower takes "

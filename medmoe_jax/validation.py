@@ -35,7 +35,9 @@ class Validation:
         self.folder = Path(wanted.image_folder or cfg.data.image_folder)
         init = Path(cfg.init)
         self.tokenizer = tokens.load_tokenizer(init / "tokenizer", model.llm.family)
-        self.spec = images.read_image_spec(init / "preprocessor_config.json", cfg.data.image_aspect)
+        self.spec = images.read_image_spec(
+            init / "preprocessor_config.json", cfg.data.image_aspect, cfg.data.view
+        )
 
     def due(self, step: int, total: int) -> bool:
         """Whether to evaluate behind this step: every N-th and the last one."""
