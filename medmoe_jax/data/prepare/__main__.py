@@ -1,8 +1,11 @@
 """Command line: `python -m medmoe_jax.data.prepare NAME --source PATH --out DIR`.
 
-`... NAME --help` tells what the source of a data set may be. Exit status: 0; 1 if rows could not be
-used, or if the numbers of rows differ from the published ones (everything is written all the same;
-`--allow-counts` takes them as they are); 2 if the command line is wrong.
+`... NAME --help` tells what the source of a data set may be. Two names make no prepared folder:
+`llava_med_images` fetches images, `tfds` packs a prepared folder.
+
+Exit status: 0; 1 if rows could not be used, or if the numbers of rows differ from the published
+ones (everything is written all the same; `--allow-counts` takes them as they are); 2 if the command
+line is wrong.
 """
 
 from __future__ import annotations
@@ -13,17 +16,37 @@ import shlex
 import sys
 from pathlib import Path
 
-from medmoe_jax.data.prepare import summary, vqa_rad, write
+from medmoe_jax.data.prepare import (
+    llava_med,
+    llava_med_images,
+    medmnist,
+    mix,
+    summary,
+    tfds_builder,
+    vqa_rad,
+    write,
+)
 from medmoe_jax.data.prepare.types import SPLITS, DataSet
 from medmoe_jax.data.problems import DataError
 
-DATA_SETS: tuple[DataSet, ...] = (vqa_rad.DATA_SET,)
+DATA_SETS: tuple[DataSet, ...] = (
+    vqa_rad.DATA_SET,
+    medmnist.DATA_SET,
+    llava_med.DATA_SET,
+    mix.DATA_SET,
+)
+TOOLS = {
+    "llava_med_images": (llava_med_images, "LLaVA-Med's images, from PubMed Central"),
+    "tfds": (tfds_builder, "A prepared folder as a TensorFlow Datasets folder (ArrayRecord)"),
+}  # what has options of its own
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Prepares one data set. Returns the exit status."""
     given = sys.argv[1:] if arguments is None else arguments
     options = _parser().parse_args(given)
+    if "tool" in options:
+        return _use(options)
     chosen: DataSet = options.data_set
     try:
         identity = {"name": chosen.name, "source": [str(path.resolve()) for path in options.source]}
@@ -59,6 +82,14 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 1
     return 0
+
+
+def _use(options: argparse.Namespace) -> int:
+    try:
+        return TOOLS[options.tool][0].run(options)
+    except (DataError, OSError) as error:
+        print(f"prepare {options.tool}: {error}", file=sys.stderr)
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -105,6 +136,15 @@ def _parser() -> argparse.ArgumentParser:
             help="numbers of rows that differ from the published ones are no error",
         )
         data_set.add_arguments(command)
+    for name, (tool, title) in TOOLS.items():
+        command = commands.add_parser(
+            name,
+            help=title,
+            description=tool.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.set_defaults(tool=name)
+        tool.add_arguments(command)
     return parser
 
 

@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import tensorflow_datasets as tfds
 
 from medmoe_jax.data import records
 from medmoe_jax.data.images import find_image
+from medmoe_jax.data.prepare import folders
 from medmoe_jax.data.problems import DataError
 from medmoe_jax.data.sources import image_names
 
@@ -31,7 +33,7 @@ class PreparedFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def __init__(
         self,
         name: str,
-        splits: dict[str, Sequence[dict[str, Any]]],
+        splits: Mapping[str, Sequence[dict[str, Any]]],
         image_folder: Path,
         out: Path,
         licence: str = "",
@@ -74,7 +76,7 @@ class PreparedFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 def write(
     name: str,
-    splits: dict[str, Sequence[dict[str, Any]]],
+    splits: Mapping[str, Sequence[dict[str, Any]]],
     image_folder: Path,
     out: Path,
     licence: str = "",
@@ -120,3 +122,28 @@ def write(
     with tempfile.TemporaryDirectory() as unused:  # where downloads would go
         builder.download_and_prepare(download_dir=unused, download_config=config)
     return folder
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of this command."""
+    add = parser.add_argument
+    add("--source", type=Path, required=True, help="prepared folder")
+    add("--out", type=Path, required=True, help="folder of data sets, written to OUT/NAME/VERSION")
+    add("--name", help="of the data set; default: that of the folder")
+    add("--shards", type=int, default=0, help="files a split; default: files of 64 MB to 1 GB")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Writes a prepared folder as TensorFlow Datasets has it. Returns 0."""
+    splits: dict[str, list[dict[str, Any]]] = {}
+    for _, row in folders.rows(options.source):
+        splits.setdefault(row["split"], []).append(row)
+    licences = folders.licences(options.source)
+    text = "\n".join(f"{x.name}, {x.link}. {x.note}" for x in licences)
+    name = options.name or options.source.resolve().name
+    images = options.source / folders.IMAGES
+    folder = write(name, splits, images, options.out, text, options.shards)
+    for split, rows in splits.items():
+        print(f"{len(rows):8d}  {folder / split}")
+    print(f"licence: {text}")
+    return 0
