@@ -237,14 +237,17 @@ class ViewConfig:
 class DataConfig:
     """What is read and how it becomes batches."""
 
-    files: tuple[str, ...] = ()  # JSON or JSONL files in the LLaVA-Med / Med-MoE format
-    image_folder: str = ""  # paths in the files are relative to it
+    files: tuple[str, ...] = ()  # JSON, JSONL (LLaVA-Med's, Med-MoE's, prepared) or record folders
+    weights: tuple[float, ...] = ()  # share of each file in an epoch; () = every row once
+    image_folder: str = ""  # paths in the files are relative to it; "" = `images` beside each file
     eval_files: tuple[str, ...] = ()  # held-out rows: router accuracy (router phase)
     template: str = "phi"  # phi | stablelm | plain
     image_aspect: str = "pad"  # pad (to a square) | square (centre crop only, as CLIP)
     view: ViewConfig = field(default_factory=ViewConfig)  # of DICOM and NIfTI files
-    max_length: int = 2048  # tokens of one sample after image expansion; longer ones are errors
-    buckets: tuple[int, ...] = (256, 512, 1024, 2048)  # tokens: lengths that batches are padded to
+    max_length: int = 2048  # tokens of a row; a sample, images expanded, that is longer is an error
+    batching: str = "group"  # shuffle | group (rows of like length) | pack (several samples a row)
+    buckets: tuple[int, ...] = ()  # tokens: lengths that batches are padded to; () = chosen
+    most_buckets: int = 6  # how many to choose; each is a compilation
     workers: int = 0  # processes that read ahead; 0 = in the main process
     on_error: str = "error"  # error | skip: what a bad row does
     labels_per_modality: int = 0  # router phase: rows drawn for each modality; 0 = all
@@ -259,7 +262,7 @@ class OptimConfig:
     schedule: str = "cosine"  # cosine | constant
     epochs: float = 1.0
     steps: int = 0  # optimiser steps; 0 = from epochs
-    batch_size: int = 128  # samples of one optimiser step, over all devices and accumulation
+    batch_size: int = 128  # rows of one optimiser step, over all devices and accumulation
     accumulate: int = 1  # micro-batches of one optimiser step
     weight_decay: float = 0.0
     b1: float = 0.9

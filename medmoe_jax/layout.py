@@ -22,12 +22,20 @@ from medmoe_jax.config import ConfigError, ModelConfig, RunConfig
 from medmoe_jax.models import medmoe, moe
 from medmoe_jax.step import State
 
-# What a step reads of a batch.
-ON_DEVICE = ("tokens", "image_pos", "labels", "mask", "images", "modality")
+# What a step reads of a batch; the last two where rows hold several samples.
+ON_DEVICE = (
+    *("tokens", "image_pos", "labels", "mask", "images", "modality"),
+    *("segments", "positions"),
+)
 # The router decides in float32 whatever the rest of the model is stored in.
 KEEP_FLOAT32 = ("router/", "llm/moe/router/", "llm/moe/coefficient/")
 
 Flat = dict[str, Any]
+
+
+def on_device(batch: dict[str, Any]) -> dict[str, Any]:
+    """What a step reads of a batch."""
+    return {name: batch[name] for name in ON_DEVICE if name in batch}
 
 
 def check_batch_size(cfg: RunConfig, mesh: Mesh | AbstractMesh) -> None:

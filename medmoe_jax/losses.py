@@ -68,31 +68,43 @@ def answer_loss(
     return total, counts
 
 
-def router_loss(logits: Array, mask: Array, modality: Array, level: str) -> tuple[Array, Array]:
+def router_loss(
+    logits: Array,
+    mask: Array,
+    modality: Array,
+    level: str,
+    segments: Array | None = None,
+) -> tuple[Array, Array]:
     """Cross-entropy of the router on the modality label (paper equation 3).
 
     Args:
       logits: f32[Lm, B, T, E], the router's scores at the input of every MoE layer.
       mask: bool[B, T], real tokens.
-      modality: i32[B], the label; rows with -1 do not count.
+      modality: i32[B], the label; rows with -1 do not count. With segments i32[B, P], that of each
+        sample of a row.
       level: `token` labels every token, as the router is applied; `sample` labels the mean score of
         a sample.
+      segments: i32[B, T], which sample of its row a token belongs to, from 1; None: a row is one.
 
     Returns:
       f32[B] sums of losses and i32[B] numbers of labelled items.
     """
     n_layers, b, t, _ = logits.shape
-    here = mask & (modality >= 0)[:, None]
+    segments = mask.astype(jnp.int32) if segments is None else segments
+    modality = modality.reshape(b, -1)
     if level == "token":
-        targets = jnp.where(here, modality[:, None], IGNORE)
+        label = jnp.take_along_axis(modality, jnp.maximum(segments - 1, 0), axis=1)
+        targets = jnp.where((segments > 0) & (label >= 0), label, IGNORE)
         loss, labelled = cross_entropy(logits, jnp.broadcast_to(targets, (n_layers, b, t)))
         total, count = loss.sum((0, 2)), labelled.sum((0, 2))
     elif level == "sample":
-        mean = (logits * mask[None, ..., None]).sum((0, 2)) / (
-            n_layers * jnp.maximum(mask.sum(-1), 1)[:, None]
-        )
-        total, labelled = cross_entropy(mean, jnp.where(modality >= 0, modality, IGNORE))
-        count = labelled.astype(jnp.int32)
+        samples = jnp.arange(1, modality.shape[1] + 1)[None, None]
+        own = (segments[..., None] == samples).astype(jnp.float32)  # [B, T, P]
+        tokens = jnp.maximum(own.sum(1), 1)[..., None]
+        mean = jnp.einsum("lbte,btp->bpe", logits, own, precision=jax.lax.Precision.HIGHEST)
+        mean = mean / (n_layers * tokens)
+        loss, labelled = cross_entropy(mean, jnp.where(modality >= 0, modality, IGNORE))
+        total, count = loss.sum(-1), labelled.sum(-1)
     else:
         raise ValueError(f"router_level {level!r} is unknown; use 'token' or 'sample'")
     return total, count

@@ -155,6 +155,7 @@ class Reporter:
         self._bar.update()
         if self._writer and (number % self._every == 0 or number in (1, self._total)):
             scalars |= {"lr": float(self._rate(number - 1)), "tokens_per_second": speed}
+            scalars["padding"] = float(1 - batch["mask"].mean())  # share of all places
             flops = model_flops(self._costs, batch, self._patches) * jax.process_count()
             scalars["model_flops_per_second"] = flops / seconds
             if self._peak is not None:
@@ -182,7 +183,7 @@ class Reporter:
         if not bad:
             return
         finite = np.isfinite(own_rows(rows))
-        at = index[~finite] if not finite.all() else index
+        at = (index[~finite] if not finite.all() else index).ravel()
         named = [self._samples[i] for i in at if i >= 0]
         where = "; ".join(f"{s.file} row {s.row} (id {s.id})" for s in named)
         raise NotFinite(

@@ -50,7 +50,8 @@ def forward_loss(
       cfg: objective, dtype, rematerialisation, loss chunk.
       model: shapes.
       flat: all parameters, path -> array.
-      batch: see `models.medmoe.forward`, with labels i32[B, T] and modality i32[B].
+      batch: see `models.medmoe.forward`, with labels i32[B, T] and modality i32[B] (i32[B, P]
+        where rows hold up to P samples).
       key: noise of the second expert choice, if `moe.noise`.
 
     Raises:
@@ -72,7 +73,7 @@ def forward_loss(
     if cfg.objective == "router":
         logits = reports["probe"][jnp.asarray(cfg.model.moe_layers)]
         rows, counts = losses.router_loss(
-            logits, batch["mask"], batch["modality"], cfg.router_level
+            logits, batch["mask"], batch["modality"], cfg.router_level, batch.get("segments")
         )
         return Loss(rows, counts, jnp.zeros(()))
     if cfg.objective != "answer":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -183,8 +182,7 @@ def train(cfg: RunConfig, workdir: Path) -> None:
     # --- data ---
     data = load_data(cfg, model)
     stream = data.batches(data.samples, True)
-    seen = len(data.samples) * cfg.optim.epochs
-    total = cfg.optim.steps or max(1, math.ceil(seen / cfg.optim.batch_size))
+    total = cfg.optim.steps or stream.order.batches(cfg.optim.epochs)
 
     # --- what trains ---
     label = optim.labels(list(flat), cfg.train)
@@ -218,7 +216,7 @@ def train(cfg: RunConfig, workdir: Path) -> None:
             asked = time.perf_counter()
             batch = next(stream)
             waited = time.perf_counter() - asked
-            arrays = sharding.place_batch({k: batch[k] for k in layout.ON_DEVICE}, mesh)
+            arrays = sharding.place_batch(layout.on_device(batch), mesh)
             state, metrics = run_step(state, frozen, arrays)
             trace.end(number, metrics)
             # The metrics of the step before are read while this one runs.

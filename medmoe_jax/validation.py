@@ -12,7 +12,7 @@ from flax.traverse_util import unflatten_dict
 
 from medmoe_jax import generate, predict
 from medmoe_jax.config import ModelConfig, RunConfig
-from medmoe_jax.data import images, questions, tokens
+from medmoe_jax.data import images, questions, sources, tokens
 from medmoe_jax.evaluation import rows
 from medmoe_jax.evaluation.report import report
 from medmoe_jax.model import PARTS, Model
@@ -32,7 +32,8 @@ class Validation:
         asked = questions.read_questions(wanted.file)
         self.asked = asked[: wanted.rows] if wanted.rows else asked
         self.rows = rows.read(wanted.file)[: len(self.asked)]
-        self.folder = Path(wanted.image_folder or cfg.data.image_folder)
+        given = wanted.image_folder or cfg.data.image_folder
+        self.folder = sources.image_folder_of(wanted.file, given)
         init = Path(cfg.init)
         self.tokenizer = tokens.load_tokenizer(init / "tokenizer", model.llm.family)
         self.spec = images.read_image_spec(

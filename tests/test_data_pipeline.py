@@ -15,7 +15,11 @@ import tiny_data
 from medmoe_jax.config import DataConfig
 from medmoe_jax.data import merge, templates, tokens
 from medmoe_jax.data.check import load_samples, sample_fault
+from medmoe_jax.data.collate import Collator
+from medmoe_jax.data.image_store import ImageStore
 from medmoe_jax.data.images import ImageSpec, load_image
+from medmoe_jax.data.lengths import sample_lengths
+from medmoe_jax.data.order import plan
 from medmoe_jax.data.pipeline import Batches, build
 from medmoe_jax.data.problems import DataError
 from medmoe_jax.data.sources import Loaded, Sample
@@ -136,10 +140,13 @@ def test_state_of_other_data_is_refused(
     samples: list[Sample], cfg: DataConfig, tokenizer: Any
 ) -> None:
     state = build(samples, tokenizer, SPEC, PATCHES, cfg, 3, 5).get_state()
+    packed = dataclasses.replace(cfg, batching="pack")
     for other, key in (
         (build(samples, tokenizer, SPEC, PATCHES, cfg, 3, 6), "seed"),
         (build(samples, tokenizer, SPEC, PATCHES, cfg, 4, 5), "batch_size"),
         (build(samples[1:], tokenizer, SPEC, PATCHES, cfg, 3, 5), "digest"),
+        (build(samples, tokenizer, SPEC, PATCHES + 1, cfg, 3, 5), "digest"),
+        (build(samples, tokenizer, SPEC, PATCHES, packed, 3, 5), "batching"),
     ):
         with pytest.raises(DataError, match=f"the saved data position has {key}"):
             other.set_state(state)
@@ -163,17 +170,129 @@ def test_worker_processes_change_nothing(
         assert_same([{k: v[keep] for k, v in one.items()}], [{k: v[keep] for k, v in two.items()}])
 
 
-def test_processes_share_a_batch(samples: list[Sample], cfg: DataConfig, tokenizer: Any) -> None:
-    whole = take(build(samples, tokenizer, SPEC, PATCHES, cfg, 4, 5), 5)
-    parts = [
-        take(build(samples, tokenizer, SPEC, PATCHES, cfg, 4, 5, True, index, 2), 5)
-        for index in range(2)
-    ]
-    joined = [
-        {key: np.concatenate([part[key] for part in pair]) for key in pair[0]}
-        for pair in zip(*parts, strict=True)
-    ]
-    assert_same(joined, whole)  # lengths are equal too, whoever has the longest row
+@pytest.mark.parametrize("batching", ["shuffle", "group", "pack"])
+def test_processes_share_a_batch(
+    samples: list[Sample], cfg: DataConfig, tokenizer: Any, batching: str
+) -> None:
+    """1, 2 and 4 of them; any number goes on from where another was stopped."""
+    cfg = dataclasses.replace(cfg, batching=batching)
+
+    def make(index: int = 0, count: int = 1) -> Batches:
+        return build(samples, tokenizer, SPEC, PATCHES, cfg, 4, 5, True, index, count)
+
+    whole = take(make(), 5)
+    state: dict[str, Any] = {}
+    for count in (1, 2, 4):
+        parts = []
+        for index in range(count):
+            batches = make(index, count)
+            if state:
+                batches.set_state(state)
+            parts.append(take(batches, 3))
+            state_after = json.loads(json.dumps(batches.get_state()))
+        joined = [
+            {key: np.concatenate([part[key] for part in together]) for key in together[0]}
+            for together in zip(*parts, strict=True)
+        ]
+        first = state.get("next_batch", 0)
+        assert_same(joined[: 5 - first], whole[first : first + 3])
+        state = state_after | {"next_batch": first + 1}
+
+
+def test_a_process_reads_its_own_rows_alone(
+    samples: list[Sample], cfg: DataConfig, tokenizer: Any
+) -> None:
+    """Images of other processes' rows may be broken, their text is not tokenised."""
+
+    class Counting:
+        calls = 0
+
+        def __call__(self, text: str, **settings: Any) -> Any:
+            self.calls += 1
+            return tokenizer(text, **settings)
+
+    counting: Any = Counting()
+    lengths = sample_lengths(samples, "phi", tokenizer, PATCHES)
+    settings = dict(mode="pack", batch_size=4, seed=0, room=256, buckets=(), most_buckets=6)
+    order = plan(lengths, (), (), train=True, **settings)
+    store = ImageStore(cfg.image_folder, SPEC, keep=False)
+    collator = Collator(samples, counting, store, 8, PATCHES, cfg, order, 1, 2, drop_empty=False)
+    rows, length = order.batch(0)
+    own = np.concatenate(rows[2:]).tolist()
+    used = {name for i in own for name in samples[i].images}
+    others = {f"i{number}.png" for number in range(ROWS)} - used
+    assert others
+    for name in others:
+        (Path(cfg.image_folder) / name).write_bytes(b"broken")
+    _, batch, problems = collator(0)
+    assert batch["tokens"].shape == (2, length) and not problems
+    assert sorted(batch["row"][batch["row"] >= 0].tolist()) == sorted(own)
+    # The part behind each image is tokenised by itself, and what stands before the first.
+    assert counting.calls == sum(1 + len(samples[i].images) for i in own)
+
+
+def test_packed_rows(samples: list[Sample], cfg: DataConfig, tokenizer: Any) -> None:
+    """Every sample's tokens, labels, image places and images, wherever it stands."""
+    cfg = dataclasses.replace(cfg, batching="pack", on_error="skip")
+    (Path(cfg.image_folder) / "i3.png").unlink()
+    batches = build(samples, tokenizer, SPEC, PATCHES, cfg, 2, 0)
+    seen: list[int] = []
+    for batch in take(batches, 4):
+        places = batch["row"].shape
+        assert batch["modality"].shape == places and places[0] == 2 and places[1] >= 2
+        for row in range(2):
+            own = [i for i in batch["row"][row].tolist() if i >= 0]
+            assert batch["row"][row, len(own) :].tolist() == [-1] * (places[1] - len(own))
+            shown = 0
+            for number, i in enumerate(own, 1):
+                coded = tokens.encode(templates.render("phi", samples[i].turns), tokenizer)
+                alone = merge.expand(*coded, PATCHES)
+                here = batch["segments"][row] == number
+                np.testing.assert_array_equal(batch["tokens"][row, here], alone.tokens)
+                np.testing.assert_array_equal(batch["labels"][row, here], alone.labels)
+                np.testing.assert_array_equal(
+                    batch["image_pos"][row, here],
+                    np.where(alone.image_pos < 0, -1, alone.image_pos + shown * PATCHES),
+                )
+                assert batch["positions"][row, here].tolist() == list(range(here.sum()))
+                assert batch["modality"][row, number - 1] == samples[i].modality
+                for name in samples[i].images:
+                    image = load_image(Path(cfg.image_folder) / name, SPEC)
+                    np.testing.assert_array_equal(batch["images"][row, shown], image)
+                    shown += 1
+            assert not batch["images"][row, shown:].any()
+            np.testing.assert_array_equal(batch["mask"][row], batch["segments"][row] > 0)
+            assert batch["segments"][row].max() == len(own)
+            seen += own
+    assert sorted(seen[:6]) == [0, 1, 2, 4, 5, 6]  # the epoch, but for the broken one
+    assert [problem.id for problem in batches.problems] == ["r3"]
+
+
+def test_workers_pack_the_same_rows(samples: list[Sample], cfg: DataConfig, tokenizer: Any) -> None:
+    cfg = dataclasses.replace(cfg, batching="pack")
+    whole = take(build(samples, tokenizer, SPEC, PATCHES, cfg, 2, 5), 4)
+    cfg = dataclasses.replace(cfg, workers=1)
+    batches = build(samples, tokenizer, SPEC, PATCHES, cfg, 2, 5)
+    assert batches.order.batches(3) >= 3  # the epochs known so far travel along
+    assert_same(take(batches, 4), whole)
+
+
+def test_mixture_of_files(cfg: DataConfig, tokenizer: Any, tmp_path: Path) -> None:
+    """Shares by file; images lie beside each file where no folder is given."""
+    other = tmp_path / "other"
+    for number in range(2):
+        tiny_data.save_image(other / "images" / f"i{number}.png", 50 + number)
+    file = tiny_data.save_rows(other / "train.jsonl", [tiny_data.row(i) for i in range(2)])
+    files = (*cfg.files, str(file))
+    cfg = dataclasses.replace(cfg, files=files, image_folder="", weights=(1.0, 2.0))
+    samples = load_samples(files, cfg, tokenizer, PATCHES).samples
+    batches = take(build(samples, tokenizer, SPEC, PATCHES, cfg, 3, 0), 9)
+    rows = np.concatenate([batch["row"] for batch in batches]).reshape(3, 9)
+    assert [(row >= ROWS).sum() for row in rows] == [6, 6, 6]
+    drawn = np.bincount(rows.ravel(), minlength=9)
+    assert drawn[ROWS:].tolist() == [9, 9] and sorted(drawn[:ROWS]) == [1] * 5 + [2] * 2
+    pixels = np.concatenate([batch["images"] for batch in batches])[rows.ravel() == ROWS][0, 0]
+    np.testing.assert_array_equal(pixels, load_image(other / "images" / "i0.png", SPEC))
 
 
 def test_length_is_the_smallest_that_fits(

@@ -60,7 +60,7 @@ def test_the_batch_is_that_of_the_data() -> None:
     cfg = RunConfig(model=MODEL, optim=OptimConfig(batch_size=3))
     batch = small_models.batch(MODEL, length=20)
     batch["images"] = batch["images"].astype(np.uint8)
-    placed = sharding.place_batch({k: batch[k] for k in layout.ON_DEVICE}, mesh)
+    placed = sharding.place_batch(layout.on_device(batch), mesh)
     assert outline(layout.abstract_batch(cfg, mesh, length=20, images=2)) == outline(placed)
 
 

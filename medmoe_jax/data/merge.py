@@ -87,6 +87,56 @@ def pad_rows(rows: Sequence[Merged], length: int) -> dict[str, np.ndarray]:
     return batch
 
 
+def join(samples: Sequence[Merged]) -> Merged:
+    """Several samples one behind the other in a row; their images are counted through.
+
+    The first label of each sample is -100: nothing stands before it that could predict it, and the
+    end of the sample in front must not learn to.
+    """
+    if not samples:
+        return expand([], None, 1)
+    places = [int((sample.image_pos >= 0).sum()) for sample in samples]
+    labels = [sample.labels.copy() for sample in samples]
+    for part in labels:
+        part[:1] = IGNORE
+    positions = [
+        np.where(sample.image_pos >= 0, sample.image_pos + before, -1)
+        for sample, before in zip(samples, np.cumsum([0, *places[:-1]]), strict=True)
+    ]
+    return Merged(
+        np.concatenate([sample.tokens for sample in samples]),
+        np.concatenate(positions).astype(np.int32),
+        np.concatenate(labels),
+    )
+
+
+def pack_rows(rows: Sequence[Sequence[Merged]], length: int) -> dict[str, np.ndarray]:
+    """Stacks rows that hold several samples each, padded on the right.
+
+    Args:
+      rows: B rows, each the samples that stand in it; one without any becomes padding.
+      length: T, at least the longest row.
+
+    Returns:
+      What `pad_rows` returns, and i32[B, T]: segments (1, 2, ... by sample, 0 for padding) and
+      positions (0, 1, ... in each sample; padding goes on counting).
+
+    Raises:
+      DataError: a row is longer than `length`.
+    """
+    batch = pad_rows([join(samples) for samples in rows], length)
+    segments = np.zeros((len(rows), length), np.int32)
+    positions = np.tile(np.arange(length, dtype=np.int32), (len(rows), 1))
+    for row, samples in enumerate(rows):
+        start = 0
+        for number, sample in enumerate(samples, 1):
+            size = len(sample.tokens)
+            segments[row, start : start + size] = number
+            positions[row, start:] = np.arange(length - start)
+            start += size
+    return batch | {"segments": segments, "positions": positions}
+
+
 def from_official(
     input_ids: np.ndarray,
     attention_mask: np.ndarray | None,

@@ -1,13 +1,14 @@
 """Samples -> batches: a pure function of (seed, batch number), read ahead by Grain.
 
-A batch depends on its number alone, so the state to save is that number, and a run that is resumed
-sees the same batches whatever the number of workers or processes. In training the samples are
-shuffled anew in every epoch and batches run across the border between epochs: in every epoch each
-sample is seen exactly once and none is left out. In evaluation the samples come once, in order, and
-the last batch is filled with rows of padding.
+`order.py` says which samples stand where, `collate.py` makes the arrays. A batch depends on its
+number alone, so the state to save is that number, and a run that is resumed sees the same batches
+whatever the number of workers or processes. In training the batches are endless, and each epoch has
+every sample once (or, with weights, the share of each set). In evaluation the samples come once, in
+order, and the last batch is filled with rows of padding.
 
-A row of padding has row -1, modality -1, mask False, labels -100 and black images. In 'skip' mode a
-row whose image turns out to be broken becomes such a row too, so that the stream does not shift.
+A row holds one sample, or several with `data.batching = 'pack'`. A row of padding has row -1,
+modality -1, mask False, labels -100 and black images. In 'skip' mode a sample whose image turns out
+to be broken leaves its place empty, so that the stream does not shift.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,107 +25,32 @@ import numpy as np
 from absl import flags
 
 from medmoe_jax.config import DataConfig
-from medmoe_jax.data import merge, templates, tokens
-from medmoe_jax.data.check import sample_fault
-from medmoe_jax.data.images import ImageSpec, find_image, load_image
+from medmoe_jax.data.collate import Collator
+from medmoe_jax.data.image_store import ImageStore
+from medmoe_jax.data.images import ImageSpec
+from medmoe_jax.data.lengths import sample_lengths
+from medmoe_jax.data.order import Order, plan
 from medmoe_jax.data.problems import DataError, Problem, settle
-from medmoe_jax.data.sources import UNKNOWN, Sample
+from medmoe_jax.data.sources import Sample, belongs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CACHE_BYTES = 2 << 30  # decoded images kept in memory, if all of them fit
-ENDLESS = 10**9  # epochs; Grain's own infinity overflows in batches of one row
-_NO_ROW = -1
-_NOTHING = merge.expand([], None, 1)
-
-
-@dataclass
-class _BatchMaker:
-    """Batch number and sample numbers -> (batch number, batch or {}, problems)."""
-
-    samples: Sequence[Sample]
-    tokenizer: PreTrainedTokenizerBase
-    spec: ImageSpec
-    n_patches: int
-    cfg: DataConfig
-    batch_size: int  # rows of all processes
-    process_index: int
-    process_count: int
-    drop_empty: bool  # {} in place of a batch that has no usable row
-    keep_images: bool
-    cache: dict[str, np.ndarray] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.images_a_row = max(1, *(len(s.images) for s in self.samples))
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"cache": {}}  # a worker process fills its own
-
-    def __call__(
-        self, number: int, chosen: np.ndarray
-    ) -> tuple[int, dict[str, np.ndarray], list[Problem]]:
-        """The part of a global batch that belongs to this process.
-
-        All processes tokenise all rows, as all must choose the same length; each decodes only its
-        own images.
-        """
-        rows = [self._merged(self.samples[i]) for i in chosen]
-        rows += [_NOTHING] * (self.batch_size - len(rows))
-        length = self._bucket(max(len(row.tokens) for row in rows))
-        local = self.batch_size // self.process_count
-        first = self.process_index * local
-        rows, chosen = rows[first : first + local], chosen[first : first + local]
-        images = np.zeros((local, self.images_a_row, self.spec.crop, self.spec.crop, 3), np.uint8)
-        source = np.full(local, _NO_ROW, np.int64)
-        modality = np.full(local, UNKNOWN, np.int32)
-        problems = []
-        for place, i in enumerate(chosen):
-            sample = self.samples[i]
-            try:
-                if len(rows[place].tokens) == 0:
-                    fault = sample_fault(sample, self.cfg, self.tokenizer, self.n_patches)
-                    raise DataError(fault or "no token to learn in its answers")
-                for k, name in enumerate(sample.images):
-                    images[place, k] = self._image(name)
-            except DataError as error:
-                problems.append(Problem(sample.file, sample.row, sample.id, str(error)))
-                rows[place], images[place] = _NOTHING, 0
-                continue
-            source[place], modality[place] = i, sample.modality
-        if self.drop_empty and (source == _NO_ROW).all():
-            return number, {}, problems
-        batch = merge.pad_rows(rows, length)
-        return number, batch | {"images": images, "modality": modality, "row": source}, problems
-
-    def _merged(self, sample: Sample) -> merge.Merged:
-        """The row, empty where it cannot be used (`sample_fault` tells why)."""
-        try:
-            spans = templates.render(self.cfg.template, sample.turns)
-        except DataError:
-            return _NOTHING
-        ids, labels = tokens.encode(spans, self.tokenizer)
-        row = merge.expand(ids, labels, self.n_patches)
-        learns = (row.labels != tokens.IGNORE).any()
-        return row if learns and len(row.tokens) <= self.cfg.max_length else _NOTHING
-
-    def _bucket(self, longest: int) -> int:
-        lengths = [length for length in self.cfg.buckets if length < self.cfg.max_length]
-        return min(length for length in [*lengths, self.cfg.max_length] if length >= longest)
-
-    def _image(self, name: str) -> np.ndarray:
-        if name in self.cache:
-            return self.cache[name]
-        pixels = load_image(find_image(self.cfg.image_folder, name), self.spec)
-        if self.keep_images:
-            self.cache[name] = pixels
-        return pixels
+ENDLESS = 10**9  # batches
 
 
 class Batches:
     """Iterator over batches with a state that can be saved; made by `build`."""
 
-    def __init__(self, dataset: grain.MapDataset, cfg: DataConfig, identity: dict[str, int | str]):
+    def __init__(
+        self,
+        dataset: grain.MapDataset,
+        order: Order,
+        cfg: DataConfig,
+        identity: dict[str, int | str],
+    ):
+        self.order = order
         self._dataset = dataset
         self._cfg = cfg
         self._identity = identity
@@ -137,7 +63,7 @@ class Batches:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        """The next batch (the Batch of this process; `row` is the number of the sample).
+        """The next batch (the Batch of this process; `row` has the numbers of the samples).
 
         Raises:
           DataError: an image cannot be read (on_error='error'); names file, row, id and image.
@@ -179,14 +105,14 @@ class Batches:
         """Continues where `state` was taken.
 
         Raises:
-          DataError: the state belongs to other data, or another seed or batch size.
+          DataError: the state belongs to other data, or to other settings of the order.
         """
         for key, value in self._identity.items():
             if state.get(key) != value:
                 raise DataError(
                     f"the saved data position has {key} {state.get(key)!r}, this run {value!r}; "
-                    "resume with the data files, seed and batch size of the first run, or start "
-                    "in a new --workdir"
+                    "resume with the data files and settings of the first run, or start in a new "
+                    "--workdir"
                 )
         self.close()
         self._next = int(state["next_batch"])
@@ -219,52 +145,75 @@ def build(
       tokenizer: from `tokens.load_tokenizer`.
       spec: size and padding of images.
       n_patches: places one image takes.
-      cfg: template, image folder, lengths, workers and on_error are used.
+      cfg: everything but eval_files and labels_per_modality is used.
       batch_size: rows of one micro-batch, over all processes.
       seed: of the order in training, 0 <= seed < 2**32.
-      train: True: endless, shuffled; False: once, in order, the last batch filled with padding.
+      train: True: endless, in the order of `cfg.batching`; False: once, in order, a sample a row,
+        the last batch filled with padding.
       process_index: which equal part of each batch is read here.
       process_count: number of parts.
       cache_bytes: decoded images are kept in memory if all of them fit; 0 = never.
 
     Returns:
       Iterator over Batches (dict of numpy arrays) with B = batch_size // process_count rows, T the
-      smallest of `cfg.buckets` (or max_length) that holds the longest row of all processes, and K
-      the largest number of images in any sample.
+      smallest length of batches that holds the longest row of all processes, and K the largest
+      number of images in any row: tokens, image_pos, labels i32[B, T], mask bool[B, T], images
+      u8[B, K, H, W, 3], modality i32[B], row i64[B] (number of the sample). Packed rows have
+      segments and positions i32[B, T] (`merge.pack_rows`), and modality and row of P samples,
+      [B, P], -1 where there are fewer.
 
     Raises:
-      DataError: no samples, a seed out of range, or batch_size is no multiple of process_count.
+      DataError: no samples, a setting that cannot work, or batch_size is no multiple of
+        process_count.
     """
     if not samples:
         raise DataError("no samples to make batches of")
-    if not 0 <= seed < 2**32:
-        raise DataError(f"seed {seed} is not in 0..2**32-1")
     if batch_size < 1 or batch_size % process_count or not 0 <= process_index < process_count:
         raise DataError(
             f"batch_size {batch_size} cannot be divided among {process_count} processes "
             f"(this is number {process_index})"
         )
-    different = len({name for sample in samples for name in sample.images})
-    maker = _BatchMaker(
+    lengths = sample_lengths(samples, cfg.template, tokenizer, n_patches)
+    lengths[lengths > cfg.max_length] = 0  # reading it tells that it is too long
+    order = plan(
+        lengths,
+        belongs(samples, cfg.files) if cfg.weights else (),
+        cfg.weights,
+        mode=cfg.batching,
+        batch_size=batch_size,
+        seed=seed,
+        room=cfg.max_length,
+        buckets=cfg.buckets,
+        most_buckets=cfg.most_buckets,
+        train=train,
+    )
+    different = len({(sample.file, name) for sample in samples for name in sample.images})
+    keep = different * spec.crop**2 * 3 * max(1, cfg.workers) <= cache_bytes
+    collator = Collator(
         samples,
         tokenizer,
-        spec,
+        ImageStore(cfg.image_folder, spec, keep),
+        spec.crop,
         n_patches,
         cfg,
-        batch_size,
+        order,
         process_index,
         process_count,
         drop_empty=train and process_count == 1,
-        keep_images=different * spec.crop**2 * 3 * max(1, cfg.workers) <= cache_bytes,
     )
-    numbers = grain.MapDataset.range(len(samples))
-    if train:
-        numbers = numbers.seed(seed).shuffle().repeat(ENDLESS)
-    digest = hashlib.sha256()
-    for sample in samples:
-        digest.update(f"{Path(sample.file).name}:{sample.row}:{sample.id}\n".encode())
+    count = ENDLESS if train else order.batches(1)
     return Batches(
-        numbers.batch(batch_size).map_with_index(maker),
+        grain.MapDataset.range(count).map(collator),
+        order,
         cfg,
-        {"seed": seed, "batch_size": batch_size, "digest": digest.hexdigest()},
+        {"seed": seed, "batch_size": batch_size, "batching": order.mode}
+        | {"digest": _digest(samples, order)},
     )
+
+
+def _digest(samples: Sequence[Sample], order: Order) -> str:
+    """What else the order is made from: samples, lengths, room, and sets with their shares."""
+    digest = hashlib.sha256(f"{order.room} {order.shares}\n".encode())
+    for sample, length in zip(samples, order.lengths.tolist(), strict=True):
+        digest.update(f"{Path(sample.file).name}:{sample.row}:{sample.id}:{length}\n".encode())
+    return digest.hexdigest()

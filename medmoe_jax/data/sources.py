@@ -88,7 +88,8 @@ def read_rows(files: Sequence[str | Path], image_folder: str | Path) -> Loaded:
 
     Args:
       files: .json (a list) or .jsonl (a row a line).
-      image_folder: image paths are relative to it; the images' existence is checked.
+      image_folder: image paths are relative to it (see `image_folder_of`); the images' existence
+        is checked.
 
     Raises:
       DataError: no files, a file that cannot be read, or no rows.
@@ -96,18 +97,19 @@ def read_rows(files: Sequence[str | Path], image_folder: str | Path) -> Loaded:
     if not files:
         raise DataError("no data files; name them with --config.data.files")
     loaded = Loaded([], [])
-    checked: dict[str, str] = {}  # image -> what is wrong with it, '' = nothing
+    checked: dict[tuple[Path, str], str] = {}  # image -> what is wrong with it, '' = nothing
     for file in files:
+        folder = image_folder_of(file, image_folder)
         for row, record, fault in records(Path(file)):
             try:
                 if fault:
                     raise DataError(fault)
                 sample = _sample(record, str(file), row, loaded.notes)
                 for image in sample.images:
-                    if image not in checked:
-                        checked[image] = _image_fault(image_folder, image)
-                    if checked[image]:
-                        raise DataError(checked[image])
+                    if (folder, image) not in checked:
+                        checked[folder, image] = _image_fault(folder, image)
+                    if checked[folder, image]:
+                        raise DataError(checked[folder, image])
                 loaded.samples.append(sample)
             except DataError as error:
                 name = _first(record, ("id", "qid", "question_id"))
@@ -115,6 +117,13 @@ def read_rows(files: Sequence[str | Path], image_folder: str | Path) -> Loaded:
     if not loaded.total:
         raise DataError(f"no rows in {', '.join(map(str, files))}")
     return loaded
+
+
+def image_folder_of(file: str | Path, image_folder: str | Path = "") -> Path:
+    """Where the images of a data file lie: `image_folder`, or, where that is '', the folder
+    `images` beside the file, as in prepared sets, or else the current folder."""
+    beside = Path(file).parent / "images"
+    return beside if not str(image_folder) and beside.is_dir() else Path(image_folder)
 
 
 def read_samples(
@@ -128,6 +137,14 @@ def read_samples(
     loaded = read_rows(files, image_folder)
     settle(loaded.problems, on_error, loaded.total)
     return loaded
+
+
+def belongs(samples: Sequence[Sample], files: Sequence[str | Path]) -> list[np.ndarray]:
+    """For each of the files, i64: the numbers of the samples that came from it."""
+    return [
+        np.array([i for i, s in enumerate(samples) if s.file == str(file)], np.int64)
+        for file in files
+    ]
 
 
 def choose_per_modality(samples: Sequence[Sample], n: int, seed: int) -> list[Sample]:
