@@ -217,16 +217,15 @@ def fit(image: Image.Image, spec: ImageSpec) -> np.ndarray:
     Source: `expand2square` of Med-MoE and `CLIPImageProcessor` of transformers.
     """
     width, height = image.size
+    check_fit(width, height, spec)
     if spec.aspect == "pad" and width != height:
         side = max(width, height)
-        _check_work(side, side, width, height)
         square = Image.new("RGB", (side, side), tuple(int(m * 255) for m in spec.mean))
         square.paste(image, ((side - width) // 2, (side - height) // 2))
         image, width, height = square, side, side
     short, long = min(width, height), max(width, height)
     long = int(spec.resize * long / short)
     size = (spec.resize, long) if width <= height else (long, spec.resize)
-    _check_work(*size, width, height)
     pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
     margin = [max(0, spec.crop - edge) for edge in pixels.shape[:2]]
     if any(margin):
@@ -235,11 +234,16 @@ def fit(image: Image.Image, spec: ImageSpec) -> np.ndarray:
     return pixels[top : top + spec.crop, left : left + spec.crop].copy()
 
 
-def _check_work(width: int, height: int, *original: int) -> None:
-    if width * height > MAX_WORK_PIXELS:
+def check_fit(width: int, height: int, spec: ImageSpec) -> None:
+    """Raises DataError where `fit` would make an image of this size too large on its way."""
+    short, long = min(width, height), max(width, height)
+    made = (long, long) if spec.aspect == "pad" else (spec.resize, spec.resize * long // short)
+    if made[0] * made[1] > MAX_WORK_PIXELS:
+        if width > height:
+            made = made[::-1]
         raise DataError(
-            f"an image of {original[0]} x {original[1]} pixels is too elongated: it would become "
-            f"{width} x {height}; crop it first"
+            f"an image of {width} x {height} pixels is too elongated: it would become "
+            f"{made[0]} x {made[1]}; crop it first"
         )
 
 

@@ -61,7 +61,7 @@ _QUIET = threading.Lock()  # the filters of `warnings` belong to the whole proce
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silences pydicom, whose warnings repeat values of the file."""
     with _QUIET, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -82,24 +82,24 @@ def read(path: Path, view: ViewConfig) -> Image.Image:
         cannot be decoded, or pydicom is not installed.
     """
     windows.check_view(view)
-    with _quiet():
+    with quiet():
         return _picture(path, view)
 
 
 def _picture(path: Path, view: ViewConfig) -> Image.Image:
-    ds = _header(path)
+    ds = header(path)
     rows, columns = (int(_number(ds, key, 0)) for key in ("Rows", "Columns"))
     if rows < 1 or columns < 1:
         raise DataError(
             f"image {path.name!r} is a DICOM file without pixels"
-            + (f" (Modality {ds.Modality})" if _text(ds, "Modality") in _PIXELLESS else "")
+            + (f" (Modality {ds.Modality})" if text(ds, "Modality") in _PIXELLESS else "")
         )
     check_pixels(columns, rows, path.name)
     many = max(1, int(_number(ds, "NumberOfFrames", 1)))
     frame = windows.choose_slice(view, many, path.name, "frame")
     stored = _stored(path, ds, frame if many > 1 else None)
     stored = stored[0] if stored.ndim > 2 and stored.shape[0] == 1 and rows > 1 else stored
-    meaning = _text(ds, "PhotometricInterpretation")
+    meaning = text(ds, "PhotometricInterpretation")
     if stored.shape == (rows, columns) and meaning in GREY:
         picture = _grey(stored, ds, frame, view, path.name)
     elif stored.shape == (rows, columns) and meaning == _PALETTE:
@@ -121,8 +121,8 @@ def modality(path: Path) -> str:
     Raises:
       DataError: no DICOM file, or pydicom is not installed.
     """
-    with _quiet():
-        return MODALITY_TAGS.get(_text(_header(path), "Modality"), "")
+    with quiet():
+        return MODALITY_TAGS.get(text(header(path), "Modality"), "")
 
 
 def _library(path: Path) -> Any:
@@ -137,17 +137,20 @@ def _library(path: Path) -> Any:
     return pydicom
 
 
-def _header(path: Path, more: list[str] | None = None) -> Any:
-    """Data set with the tags of this file that are in `_TAGS` or `more`; without pixels, unless
-    they are among them."""
+def header(path: Path, more: list[str] | None = None, pixels: bool = False) -> Any:
+    """Data set with the tags of this file that are in `_TAGS` or `more`, and its pixels on demand.
+
+    Raises:
+      DataError: no DICOM file, or pydicom is not installed.
+    """
     pydicom = _library(path)
     try:
         _check_deflated(path, pydicom)
         ds = pydicom.dcmread(
             path,
             force=True,  # `medical.kind` has looked at the content or the name
-            stop_before_pixels=not more,
-            specific_tags=[*_TAGS, *(more or ())],
+            stop_before_pixels=not pixels,
+            specific_tags=[*_TAGS, *(more or ()), *(_PIXELS if pixels else ())],
         )
     except DataError:
         raise
@@ -201,7 +204,7 @@ def _stored(path: Path, ds: Any, frame: int | None) -> np.ndarray:
         except Exception:
             pass  # the way below reads some files that this one does not
     try:
-        whole = _header(path, _PIXELS)
+        whole = header(path, pixels=True)
         whole.file_meta = pydicom.dataset.FileMetaDataset()
         whole.file_meta.TransferSyntaxUID = syntax
         return pydicom.pixels.pixel_array(whole, index=frame)
@@ -225,7 +228,7 @@ def _syntax(ds: Any, pydicom: Any) -> Any:
 def _grey(stored: np.ndarray, ds: Any, frame: int, view: ViewConfig, name: str) -> np.ndarray:
     """uint8[H, W], or [H, W, 3] with the window 'rgb'."""
     values, table = _rescaled(stored, ds, frame)
-    tag = _text(ds, "Modality")
+    tag = text(ds, "Modality")
     explicit = windows.given(view.window)
     chosen = (explicit,) if explicit else windows.hounsfield(view.window) if tag == "CT" else ()
     if chosen:
@@ -236,7 +239,7 @@ def _grey(stored: np.ndarray, ds: Any, frame: int, view: ViewConfig, name: str) 
         if own is None and number:
             raise DataError(f"image {name!r} has no window {number} that can be used")
         bands = [_unwindowed(values, stored, ds, tag, table) if own is None else own]
-    if _text(ds, "PhotometricInterpretation") == "MONOCHROME1":
+    if text(ds, "PhotometricInterpretation") == "MONOCHROME1":
         bands = [1 - band for band in bands]
     pixels = [windows.to_bytes(band) for band in bands]
     return pixels[0] if len(pixels) == 1 else np.stack(pixels, -1)
@@ -266,7 +269,7 @@ def _own_window(values: np.ndarray, ds: Any, frame: int, number: int) -> np.ndar
     centres, widths = _numbers(item, "WindowCenter"), _numbers(item, "WindowWidth")
     if number >= min(len(centres), len(widths)):
         return None
-    centre, width, function = centres[number], widths[number], _text(item, "VOILUTFunction")
+    centre, width, function = centres[number], widths[number], text(item, "VOILUTFunction")
     exact = function in ("LINEAR_EXACT", "SIGMOID")
     if not (np.isfinite([centre, width]).all() and (width > 0 if exact else width >= 1)):
         return None
@@ -362,7 +365,8 @@ def _number(ds: Any, keyword: str, default: float) -> float:
     return found[0] if found and np.isfinite(found[0]) else default
 
 
-def _text(ds: Any, keyword: str) -> str:
+def text(ds: Any, keyword: str) -> str:
+    """The value of a tag in capitals; '' where there is none."""
     try:
         return str(ds.get(keyword) or "").strip().upper()
     except (TypeError, ValueError):
