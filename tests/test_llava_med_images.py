@@ -20,6 +20,7 @@ from PIL import Image
 from tiny_bucket import TinyBucket, send, serve
 
 from medmoe_jax.data.prepare import pmc
+from medmoe_jax.data.prepare.__main__ import main
 from medmoe_jax.data.prepare.llava_med_images import Figure, Missing, download, parse_line, plan
 from medmoe_jax.data.problems import DataError
 
@@ -286,3 +287,23 @@ def test_another_file_of_that_name_is_not_taken_over(tmp_path: Path) -> None:
     (tmp_path / "missing.jsonl").write_text('{"some": "thing"}\n')
     with pytest.raises(DataError, match="is no list of this command"):
         download([Figure("p", "PMC1", "a.jpg")], (), tmp_path, pmc.Bucket("http://127.0.0.1:9"))
+
+
+def test_command(bucket: TinyBucket, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_list(
+        tmp_path / "urls.jsonl",
+        [line("PMC12", "a.jpg", "p1"), line("PMC123", "a.jpg", "p2"), line("PMC7", "x.jpg", "p3")],
+    )
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps([{"image": "p1.jpg"}, {"image": "p3.jpg"}]))
+    command = ["llava_med_images", "--source", str(source), "--out", str(tmp_path / "images")]
+    command += ["--base-url", bucket.url, "--rate", "1000"]
+    assert main([*command, "--rows", str(rows)]) == 1
+    printed = capsys.readouterr()
+    assert "1 images in" in printed.out and "1  absent" in printed.out
+    assert "1 missing" in printed.err and not (tmp_path / "images" / "p2.jpg").exists()
+    bucket.files["PMC7.2/x.jpg"] = picture(20)
+    assert main([*command, "--retry-missing"]) == 0
+    assert {f.name for f in (tmp_path / "images").glob("*.jpg")} == {"p1.jpg", "p2.jpg", "p3.jpg"}
+    assert main([*command, "--rate", "0"]) == 1
+    assert "must be positive" in capsys.readouterr().err
