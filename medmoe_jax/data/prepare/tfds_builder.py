@@ -1,6 +1,8 @@
 """A prepared folder -> a TensorFlow Datasets folder (ArrayRecord), without TensorFlow.
 
-`data/records.py` says what a record is, and reads it.
+`tfds.data_source(NAME, data_dir=OUT, split='train')` reads it, and so does Grain. A record has
+`row`, the JSON text of a row of the manifest, and `images`, its image files byte for byte (see
+`medmoe_jax.data.records`).
 """
 
 from __future__ import annotations
