@@ -14,6 +14,19 @@ import pyarrow as pa
 from PIL import Image
 from pyarrow import parquet
 
+from medmoe_jax.data.prepare.__main__ import main
+
+
+def prepare(name: str, source: Path | list[Path], out: Path, *more: str) -> int:
+    """Runs the command, with two workers; returns its exit status."""
+    paths = [str(path) for path in (source if isinstance(source, list) else [source])]
+    return main([name, "--source", *paths, "--out", str(out), "--workers", "2", *more])
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
 
 def picture(seed: int, kind: str = "JPEG", size: tuple[int, int] = (24, 18)) -> bytes:
     """A random picture in a format of Pillow's."""

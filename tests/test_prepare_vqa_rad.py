@@ -5,21 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import miniature_sources as mini
 import pytest
+from miniature_sources import lines, prepare
 
-from medmoe_jax.data.prepare.__main__ import main
-from medmoe_jax.data.prepare.vqa_rad import spoken_modality
+from medmoe_jax.data.prepare.spoken import spoken_modality
 from medmoe_jax.data.sources import read_samples
-from tests import miniature_sources as mini
-
-
-def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def prepare(name: str, source: Path, out: Path, *more: str) -> int:
-    command = [name, "--source", str(source), "--out", str(out), "--workers", "2", *more]
-    return main(command)
 
 
 def test_original(tmp_path: Path) -> None:

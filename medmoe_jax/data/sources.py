@@ -201,7 +201,7 @@ def _sample(record: Any, file: str, row: int, notes: Counter[str]) -> Sample:
     if not isinstance(record, dict):
         raise DataError(f"a row must be an object, not {type(record).__name__}")
     images = image_names(record.get("image"))
-    turns = _turns(record)
+    turns = read_turns(record)
     found = sum(text.count(IMAGE_TOKEN) for _, text in turns)
     if images and not found:
         turns[0] = (HUMAN, f"{IMAGE_TOKEN}\n" * len(images) + turns[0][1])
@@ -213,7 +213,7 @@ def _sample(record: Any, file: str, row: int, notes: Counter[str]) -> Sample:
         images=images,
         turns=tuple(turns),
         answer_type=_answer_type(record.get("answer_type"), notes),
-        modality=_modality(record, notes),
+        modality=read_modality(record, notes),
         question_type=_first(record, ("question_type", "content_type")),
         file=file,
         row=row,
@@ -244,7 +244,12 @@ def _image_fault(folder: str | Path, name: str) -> str:
     return ""
 
 
-def _turns(record: dict[str, Any]) -> list[Turn]:
+def read_turns(record: dict[str, Any]) -> list[Turn]:
+    """The conversation of a row, human first.
+
+    Raises:
+      DataError: none, a turn that is neither human's nor gpt's, out of order, or empty.
+    """
     raw = record.get("conversations", record.get("conversatons"))
     if not isinstance(raw, list) or not raw:
         raise DataError("no 'conversations' list")
@@ -277,7 +282,9 @@ def _answer_type(value: Any, notes: Counter[str]) -> str:
     return known
 
 
-def _modality(record: dict[str, Any], notes: Counter[str]) -> int:
+def read_modality(record: dict[str, Any], notes: Counter[str]) -> int:
+    """Index in config.MODALITIES by `modality` or `domain`, UNKNOWN where they name none or
+    several; `notes` counts what was not understood."""
     value, domain = record.get("modality"), record.get("domain")
     if value not in (None, ""):
         names = [str(value)]

@@ -17,10 +17,14 @@ import sys
 from pathlib import Path
 
 from medmoe_jax.data.prepare import (
+    custom,
     llava_med,
     llava_med_images,
+    med_moe,
     medmnist,
     mix,
+    path_vqa,
+    slake,
     summary,
     tfds_builder,
     vqa_rad,
@@ -31,8 +35,12 @@ from medmoe_jax.data.problems import DataError
 
 DATA_SETS: tuple[DataSet, ...] = (
     vqa_rad.DATA_SET,
+    slake.DATA_SET,
+    path_vqa.DATA_SET,
     medmnist.DATA_SET,
     llava_med.DATA_SET,
+    med_moe.DATA_SET,
+    custom.DATA_SET,
     mix.DATA_SET,
 )
 TOOLS = {

@@ -30,19 +30,22 @@ def split_files(files: Sequence[Path]) -> list[tuple[str, Path]]:
     return sorted(found, key=lambda pair: (("train", "val", "test").index(pair[0]), pair[1]))
 
 
-def rows(file: Path, needed: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def rows(file: Path, needed: Sequence[str | tuple[str, ...]]) -> Iterator[tuple[int, dict[str, Any]]]:
     """Number and columns of every row.
+
+    Args:
+      file: a parquet file.
+      needed: names of columns, or groups of names of which there must be one.
 
     Raises:
       DataError: pyarrow is missing, the file is damaged, or lacks a column.
     """
     table = _open(file)
-    lacking = [name for name in needed if name not in table.schema_arrow.names]
+    have = table.schema_arrow.names
+    groups = [(group,) if isinstance(group, str) else group for group in needed]
+    lacking = [" or ".join(group) for group in groups if not set(group) & set(have)]
     if lacking:
-        raise DataError(
-            f"{file} has no column {', '.join(lacking)}; it has "
-            f"{', '.join(table.schema_arrow.names)}"
-        )
+        raise DataError(f"{file} has no column {', '.join(lacking)}; it has {', '.join(have)}")
     number = 0
     try:
         for batch in table.iter_batches(BATCH):
@@ -51,6 +54,11 @@ def rows(file: Path, needed: Sequence[str]) -> Iterator[tuple[int, dict[str, Any
                 number += 1
     except (OSError, ValueError) as error:  # pyarrow's errors are of these kinds
         raise DataError(f"{file} is damaged after row {number}: {error}") from error
+
+
+def first(row: dict[str, Any], names: Sequence[str]) -> Any:
+    """The first of the columns that the row has a value in, None without any."""
+    return next((row[name] for name in names if row.get(name) is not None), None)
 
 
 def count(files: Sequence[Path]) -> int:

@@ -11,25 +11,22 @@ were answered; else the organ: CHEST is X-ray, ABD is CT, HEAD remains unknown (
 from __future__ import annotations
 
 import argparse
-import re
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from medmoe_jax.data.prepare import layouts, tables
-from medmoe_jax.data.prepare.texts import Reading, is_yes_no
+from medmoe_jax.data.prepare import layouts, mirror, spoken, stream, tables
+from medmoe_jax.data.prepare.texts import Reading
 from medmoe_jax.data.prepare.types import (
-    Bad,
     DataSet,
     Event,
     Licence,
     Opened,
     Published,
-    from_bytes,
     from_folder,
 )
-from medmoe_jax.data.problems import DataError, Problem
+from medmoe_jax.data.problems import DataError
 
 NAME = "vqa_rad"
 LICENCE = Licence(
@@ -51,138 +48,62 @@ LAYOUTS = """  a folder with 'VQA_RAD Dataset Public.json' and 'VQA_RAD Image Fo
 
 PHRASES = {"freeform": "train", "para": "train", "test_freeform": "test", "test_para": "test"}
 ORGANS = {"CHEST": "X-ray", "ABD": "CT"}
-BY_ANSWER = "answers to questions for the modality of the same image"
 BY_ORGAN = "image_organ: CHEST is X-ray, ABD is CT, HEAD unknown"
-DISAGREE = "answers to questions for the modality of the same image disagree: unknown"
-_SPOKEN = {
-    "CT": re.compile(r"\b(ct|cat scan|computed tomography|computerized tomography)\b", re.I),
-    "MRI": re.compile(r"\b(mri?|magnetic resonance|flair|dwi|t[12])\b", re.I),
-    "X-ray": re.compile(r"\b(x[- ]?rays?|xrs?|cxr|radiograph[sy]?|plain films?)\b", re.I),
-}
-_ASKS = re.compile(
-    r"\bmodality\b|\b(type|kind) of (image|imaging|scan|study|radiograph)"
-    r"|\bhow (is|was) (this|the) (image|scan|picture)"
-    r"|^(is|was) (this|the image) an? ",
-    re.I,
-)
 
 
-def spoken_modality(question: str, answer: str) -> str:
-    """The modality that an answered question names, '' if none or several: 'yes' takes it from the
-    question, other answers from themselves."""
-    if is_yes_no(answer):
-        text = question if answer.strip().lower().startswith("y") else ""
-    else:
-        text = answer
-    found = [name for name, pattern in _SPOKEN.items() if pattern.search(text)]
-    return found[0] if len(found) == 1 else ""
+def _infer(reading: Reading, told: Mapping[str, set[str]], image: str, organ: str) -> str:
+    modality, rule = spoken.infer(told, image)
+    if not rule and organ in ORGANS:
+        modality, rule = ORGANS[organ], BY_ORGAN
+    if rule:
+        reading.rules["modality"] = rule
+    return modality
 
 
-def modalities(asked: Iterable[tuple[str, str, str]]) -> dict[str, set[str]]:
-    """Image -> modalities that its questions for the modality were answered with.
-
-    Args:
-      asked: image, question and answer of such questions.
-    """
-    found: dict[str, set[str]] = defaultdict(set)
-    for image, question, answer in asked:
-        name = spoken_modality(question, answer)
-        if name:
-            found[image].add(name)
-    return found
-
-
-def _infer(reading: Reading, spoken: Mapping[str, set[str]], image: str, organ: str) -> str:
-    names = spoken.get(image, set())
-    if names:
-        reading.rules["modality"] = BY_ANSWER if len(names) == 1 else DISAGREE
-        return next(iter(names)) if len(names) == 1 else ""
-    if organ in ORGANS:
-        reading.rules["modality"] = BY_ORGAN
-    return ORGANS.get(organ, "")
+def _split(row: dict[str, Any]) -> str:
+    return PHRASES.get(str(row.get("phrase_type")).strip().lower(), "")
 
 
 def _original(files: Sequence[tuple[Path, list]], folder: Path) -> Iterator[Event]:
     asked = [
-        (str(row.get("image_name")), str(row.get("question")), str(row.get("answer")))
+        (str(row.get("image_name")).strip(), str(row.get("question")), str(row.get("answer")))
         for _, rows in files
         for row in rows
         if isinstance(row, dict) and "MODALITY" in str(row.get("question_type")).upper()
     ]
-    spoken = modalities(asked)
+    told = spoken.modalities(asked)
     for file, rows in files:
-        for place, row in enumerate(rows):
-            split = ""
-            try:
-                if not isinstance(row, dict):
-                    raise DataError(f"a row must be an object, not {type(row).__name__}")
-                phrase = str(row.get("phrase_type")).strip().lower()
-                if phrase not in PHRASES:
-                    raise DataError(
-                        f"phrase_type {row.get('phrase_type')!r} is unknown; known are "
-                        f"{', '.join(PHRASES)}"
-                    )
-                split = PHRASES[phrase]
-                reading = Reading(split, NAME, LICENCE.name)
-                question = reading.text(row.get("question"), "question")
-                answer = reading.text(row.get("answer"), "answer")
-                image = row.get("image_name")
-                if not isinstance(image, str) or not image.strip():
-                    raise DataError("no image_name")
-                organ = str(row.get("image_organ") or "").strip().upper()
-                kinds = str(row.get("question_type") or "").upper().split(",")
-                yield reading.draft(
-                    file=str(file),
-                    place=place,
-                    id=_id(row, place),
-                    turns=[(question, answer)],
-                    answer_type=reading.answer_type(row.get("answer_type"), answer),
-                    modality=_infer(reading, spoken, image, organ),
-                    question_type=", ".join(kind.strip() for kind in kinds if kind.strip()),
-                    pictures=[from_folder(folder, image)],
-                    more={"phrase_type": phrase, "organ": organ},
-                )
-            except DataError as error:
-                name = _id(row, place) if isinstance(row, dict) else ""
-                yield Bad(Problem(str(file), place, name, str(error)), split)
+        make = partial(_row, file, folder, told)
+        yield from stream.events(file, enumerate(rows), make, _split)
 
 
-def _id(row: dict[str, Any], place: int) -> str:
-    return str(row.get("qid") if row.get("qid") not in (None, "") else f"row-{place}")
-
-
-def _mirror(files: Sequence[tuple[str, Path]]) -> Iterator[Event]:
-    asked = []
-    for _, file in files:
-        for _, row in tables.rows(file, ("image", "question", "answer")):
-            if _ASKS.search(str(row["question"])):
-                data = row["image"] and row["image"].get("bytes")
-                if data:
-                    asked.append((from_bytes(data).name, str(row["question"]), str(row["answer"])))
-    spoken = modalities(asked)
-    for split, file in files:
-        for place, row in tables.rows(file, ("image", "question", "answer")):
-            name = f"{split}-{file.stem}-{place}" if _several(files, split) else f"{split}-{place}"
-            try:
-                reading = Reading(split, NAME, LICENCE.name)
-                question = reading.text(row["question"], "question")
-                answer = reading.text(row["answer"], "answer")
-                picture = from_bytes(tables.image_bytes(row["image"]))
-                yield reading.draft(
-                    file=str(file),
-                    place=place,
-                    id=name,
-                    turns=[(question, answer)],
-                    answer_type=reading.answer_type(row.get("answer_type"), answer),
-                    modality=_infer(reading, spoken, picture.name, ""),
-                    pictures=[picture],
-                )
-            except DataError as error:
-                yield Bad(Problem(str(file), place, name, str(error)), split)
-
-
-def _several(files: Sequence[tuple[str, Path]], split: str) -> bool:
-    return sum(other == split for other, _ in files) > 1
+def _row(
+    file: Path, folder: Path, told: Mapping[str, set[str]], place: int, row: dict[str, Any]
+) -> Event:
+    split = _split(row)
+    if not split:
+        raise DataError(
+            f"phrase_type {row.get('phrase_type')!r} is unknown; known are {', '.join(PHRASES)}"
+        )
+    reading = Reading(split, NAME, LICENCE.name)
+    question = reading.text(row.get("question"), "question")
+    answer = reading.text(row.get("answer"), "answer")
+    image = str(row.get("image_name") or "").strip()
+    if not image:
+        raise DataError("no image_name")
+    organ = str(row.get("image_organ") or "").strip().upper()
+    kinds = str(row.get("question_type") or "").upper().split(",")
+    return reading.draft(
+        file=str(file),
+        place=place,
+        id=stream.row_id(row, place, split),
+        turns=[(question, answer)],
+        answer_type=reading.answer_type(row.get("answer_type"), answer),
+        modality=_infer(reading, told, image, organ),
+        question_type=", ".join(kind.strip() for kind in kinds if kind.strip()),
+        pictures=[from_folder(folder, image)],
+        more={"phrase_type": str(row["phrase_type"]).strip().lower(), "organ": organ},
+    )
 
 
 def read(sources: Sequence[Path], options: argparse.Namespace) -> Opened:
@@ -193,7 +114,7 @@ def read(sources: Sequence[Path], options: argparse.Namespace) -> Opened:
         files = tables.split_files(parquet)
         return Opened(
             "parquet mirror",
-            _mirror(files),
+            mirror.events(files, NAME, LICENCE.name, lambda reading, row: ""),
             (LICENCE,),
             (MIRROR, ORIGINAL),
             tables.count(parquet),
@@ -206,7 +127,9 @@ def read(sources: Sequence[Path], options: argparse.Namespace) -> Opened:
             found.append((path, rows))
     if not found:
         raise layouts.unknown(source, f"a JSON list with phrase_type, or parquet files\n{LAYOUTS}")
-    names = [str(r.get("image_name")) for _, rows in found for r in rows if isinstance(r, dict)]
+    names = [
+        str(r.get("image_name")).strip() for _, rows in found for r in rows if isinstance(r, dict)
+    ]
     return Opened(
         "original JSON and image folder",
         _original(found, layouts.image_folder(source, names, options.images)),
