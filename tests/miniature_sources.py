@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -126,3 +128,120 @@ def zipped(folder: Path, archive: Path) -> Path:
             if file.is_file():
                 stream.write(file, file.relative_to(folder.parent).as_posix())
     return archive
+
+
+def slake_row(qid: int, image: str, question: str, answer: Any, **other: Any) -> dict[str, Any]:
+    """A row of SLAKE with all its fields."""
+    return {
+        "img_id": int("".join(c for c in image if c.isdigit()) or 0),
+        "img_name": image,
+        "question": question,
+        "answer": answer,
+        "q_lang": "en",
+        "location": "Abdomen",
+        "modality": "CT",
+        "answer_type": "OPEN",
+        "base_type": "vqa",
+        "content_type": "Modality",
+        "triple": ["vhead", "_", "_"],
+        "qid": qid,
+    } | other
+
+
+def slake_rows() -> dict[str, list[dict[str, Any]]]:
+    """English: 3 + 1 + 2 usable rows and the empty one; Chinese: 2 + 0 + 1."""
+    one, two, three = (f"xmlab{n}/source.jpg" for n in (1, 2, 3))
+    return {
+        "train": [
+            slake_row(0, one, "What modality is used?", "CT"),
+            slake_row(1, one, "Is it\tnormal? ", "Yes ", answer_type="CLOSED"),
+            slake_row(2, two, "图像使用了什么成像模态？", "MRI", q_lang="zh", modality="MRI"),
+            slake_row(3, two, "How many kidneys?", 2, modality="MRI", content_type="Quantity"),
+            slake_row(4, two, "是否正常？", "是", q_lang="zh", modality="MRI",
+                      answer_type="CLOSED"),
+            slake_row(1622, one, "Where is the liver?", "", content_type="Position"),
+        ],
+        "validation": [slake_row(10, three, "Which organ?", "Lung", modality="X-Ray")],
+        "test": [
+            slake_row(20, three, "Is it an X-ray?", "yes", answer_type="closed", modality="X-Ray"),
+            slake_row(21, three, "图中有什么？", "肺", q_lang="zh", modality="X-Ray"),
+            slake_row(22, three, "Where?", "Chest", q_lang="EN", modality="X-Ray"),
+        ],
+    }  # fmt: skip
+
+
+def slake(folder: Path, zipped_images: bool = False) -> Path:
+    """SLAKE as released: three JSON files and imgs/, or imgs.zip."""
+    for name, rows in slake_rows().items():
+        save_json(folder / f"{name}.json", rows)
+    for n in (1, 2, 3):
+        put(folder / "imgs" / f"xmlab{n}" / "source.jpg", picture(n))
+        put(folder / "imgs" / f"xmlab{n}" / "mask.png", picture(n + 50, "PNG"))
+        save_json(folder / "imgs" / f"xmlab{n}" / "detection.json", [])
+    if zipped_images:
+        zipped(folder / "imgs", folder / "imgs.zip")
+        shutil.rmtree(folder / "imgs")
+    return folder
+
+
+def pvqa_row(number: int, image: str, question: str, answer: Any, kind: str) -> dict[str, Any]:
+    """A row of PathVQA's VQA pickles with all its fields."""
+    return {
+        "answer_type": kind,
+        "img_id": image,
+        "label": {answer: 1},
+        "question_id": number,
+        "question_type": question.split()[0].lower(),
+        "sent": question,
+    }
+
+
+def path_vqa(folder: Path, protocol: int = 2) -> Path:
+    """PathVQA as released: pickles of both kinds, other pickles beside them, images by split."""
+    rows = {
+        "train": [
+            pvqa_row(100000, "train_0000", "Where are the cells?", "in the canals", "other"),
+            pvqa_row(100001, "train_0000", "Is it benign?", "no", "yes/no"),
+            pvqa_row(100002, "train_0001", "How many nodules?", 2, "number"),
+        ],
+        "val": [pvqa_row(200000, "val_0000", "What is present?", "vessel\tgastric ", "other")],
+        "test": [pvqa_row(300000, "test_0000", "Is it na\u00efve?", "yes", "yes/no")],
+    }
+    for split, content in rows.items():
+        put(folder / "qas" / f"{split}_vqa.pkl", pickle.dumps(content, protocol))
+        plain = [
+            {"image": r["img_id"], "question": r["sent"], "answer": next(iter(r["label"]))}
+            for r in content
+        ]
+        put(folder / "qas" / split / f"{split}_qa.pkl", pickle.dumps(plain, protocol))
+    put(folder / "qas" / "trainval_label2ans.pkl", pickle.dumps(["yes", "no"], protocol))
+    for n, name in enumerate(("train_0000", "train_0001", "val_0000", "test_0000")):
+        put(folder / "images" / name.split("_")[0] / f"{name}.jpg", picture(n))
+    return folder
+
+
+def talk(question: str, answer: Any) -> list[dict[str, Any]]:
+    """A conversation of one question."""
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+def med_moe(folder: Path) -> Path:
+    """Med-MoE's files, with both spellings of the conversation."""
+    train = [
+        {"id": 1, "image": "synpic0.jpg", "answer_type": "close",
+         "conversations": talk("<image>\nIs there a bleed?", "Yes")},
+        {"id": 1, "image": "xmlab1/source.jpg", "answer_type": "OPEN",
+         "conversatons": talk("How many?\n<image>", 2)},
+        {"id": "train_0001", "image": "train/train_0001.jpg", "answer_type": "other",
+         "conversations": talk("What is it?", " a cell ")},
+    ]  # fmt: skip
+    test = [
+        {"id": 9, "image": "test/test_0001.jpg", "answer_type": "yes/no",
+         "conversations": talk("<image>\nIs it benign?", "no")},
+    ]  # fmt: skip
+    save_json(folder / "train_all.json", train)
+    save_json(folder / "test_pvqa.json", test)
+    names = ("synpic0.jpg", "xmlab1/source.jpg", "train/train_0001.jpg", "test/test_0001.jpg")
+    for n, name in enumerate(names):
+        put(folder / "images" / name, picture(n))
+    return folder

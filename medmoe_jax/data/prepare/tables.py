@@ -30,7 +30,9 @@ def split_files(files: Sequence[Path]) -> list[tuple[str, Path]]:
     return sorted(found, key=lambda pair: (("train", "val", "test").index(pair[0]), pair[1]))
 
 
-def rows(file: Path, needed: Sequence[str | tuple[str, ...]]) -> Iterator[tuple[int, dict[str, Any]]]:
+def rows(
+    file: Path, needed: Sequence[str | tuple[str, ...]]
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """Number and columns of every row.
 
     Args:
