@@ -21,7 +21,7 @@ from flax.traverse_util import flatten_dict
 
 from medmoe_jax import layout, optim, sharding, step
 from medmoe_jax.config import MeshConfig, ModelConfig, MoeConfig, OptimConfig, RunConfig
-from medmoe_jax.models import experts, layers
+from medmoe_jax.models import experts, grouped, layers
 
 DEVICES = 8
 ROUTINGS = ("mixed", "one expert")
@@ -244,7 +244,7 @@ def main() -> None:
     jax.config.update("jax_numpy_rank_promotion", "raise")
     # Most of the time goes into compilation: no optimisations, and few branches in `grouped`.
     jax.config.update("jax_disable_most_optimizations", True)
-    experts.BUCKETS = 2
+    grouped.BUCKETS = 2
     for case in {"QUICK": QUICK, "REST": REST}[sys.argv[1]]:
         print(json.dumps(compare(case)), flush=True)
     print(json.dumps(idle_expert(sharding.make_mesh(MeshConfig(2, 1, 4)))), flush=True)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import small_models
 
-from medmoe_jax.models import experts, layers
+from medmoe_jax.models import experts, grouped, layers
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -98,17 +98,17 @@ def test_a_tuple_of_experts_is_the_stack() -> None:
 @pytest.mark.parametrize("pairs", [1, 2, 63, 64, 65, 127, 128, 129, 511, 512, 513, 4096, 5001])
 def test_sizes(pairs: int) -> None:
     """They rise from nothing to all, few of them, none smaller than needed for the next."""
-    sizes = experts.group_sizes(pairs)
+    sizes = grouped.group_sizes(pairs)
     assert sizes[0] == 0 and sizes[-1] == pairs and sizes == sorted(set(sizes))
-    assert len(sizes) <= experts.BUCKETS + 1
-    if pairs <= experts.FEW:
+    assert len(sizes) <= grouped.BUCKETS + 1
+    if pairs <= grouped.FEW:
         assert len(sizes) == 2
 
 
 def test_counts_on_every_border() -> None:
     """An expert that gets exactly as many tokens as a size holds, one fewer and one more."""
     tokens, p = 192, parameters(2)
-    sizes = experts.group_sizes(tokens)
+    sizes = grouped.group_sizes(tokens)
     assert len(sizes) == 7
     x, _, weight = inputs(tokens, 2, 1, "mixed")
     slow, fast = (jax.jit(f, static_argnums=4) for f in (experts.reference, experts.grouped))

@@ -1,14 +1,24 @@
 """Softmax attention: to a cache or an image under any mask, and of a sequence to itself.
 
-Axis legend: `layers.py`.
+`attend_causal` takes the kernel of the platform that the program is compiled for: splash attention
+on a TPU, cuDNN's flash attention on a GPU. Both hold no scores of all pairs. Axis legend:
+`layers.py`.
 """
 
 from __future__ import annotations
+
+import logging
+from functools import cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from medmoe_jax.models.layers import Array
+
+SHORT = 256  # places up to which a TPU's scores are small and XLA's form is as good
+BLOCKS = (512, 256, 128)  # places of a block of splash attention; longer ones are faster
+LANES = 128  # the length is a multiple of this many places, padded if need be
 
 
 def attend(q: Array, k: Array, v: Array, mask: Array | None) -> Array:
@@ -53,6 +63,100 @@ def attend_causal(q: Array, k: Array, v: Array, segments: Array) -> Array:
     Returns:
       [B, T, N, H] in the dtype of q.
     """
+    kernels = {}
+    if reason := _no_splash(q):
+        _say("tpu", reason)
+    elif q.shape[1] > SHORT:
+        kernels["tpu"] = splash
+    if reason := _no_cudnn(q, k, v, segments):
+        _say("gpu", reason)
+    else:
+        kernels["cuda"] = cudnn
+    return jax.lax.platform_dependent(q, k, v, segments, default=plain, **kernels)
+
+
+def plain(q: Array, k: Array, v: Array, segments: Array) -> Array:
+    """`attend_causal` with the scores of all pairs in memory: right everywhere."""
     t = segments.shape[1]
-    same = query_segments(segments)[:, :, None] == segments[:, None, :]
-    return attend(q, k, v, (jnp.tril(jnp.ones((t, t), bool))[None] & same)[:, None])
+    return attend(q, k, v, (jnp.tril(jnp.ones((t, t), bool))[None] & _same(segments))[:, None])
+
+
+def _same(segments: Array) -> Array:
+    """bool[B, T, T]: whether a place looks at the segment of another."""
+    return query_segments(segments)[:, :, None] == segments[:, None, :]
+
+
+def cudnn(q: Array, k: Array, v: Array, segments: Array) -> Array:
+    """`attend_causal` on an NVIDIA GPU. The segments become a bias [B, 1, T, T] for all heads."""
+    mask = _same(segments)[:, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
+
+
+def splash(q: Array, k: Array, v: Array, segments: Array, interpret: bool = False) -> Array:
+    """`attend_causal` on a TPU. Every device runs the kernel on its own rows: XLA cannot split
+    it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    run = partial(_splash_rows, interpret=interpret)
+    if mesh.size <= 1:
+        return run(q, k, v, segments)
+    rows = jax.P(mesh.axis_names)
+    split = jax.shard_map(run, in_specs=(rows,) * 4, out_specs=rows, check_vma=False)
+    return split(q, k, v, segments)
+
+
+def _splash_rows(q: Array, k: Array, v: Array, segments: Array, interpret: bool) -> Array:
+    from jax.experimental.pallas.ops.tpu import splash_attention as kernels
+
+    t, n, h = q.shape[1:]
+    length = -(-t // LANES) * LANES
+    # Behind the end: queries look at the last segment, and no query looks at the keys.
+    more = ((0, 0), (0, length - t))
+    looks = jnp.pad(query_segments(segments), more, mode="edge")
+    segments = jnp.pad(segments, more, constant_values=-1)
+    q, k, v = (jnp.pad(a.swapaxes(1, 2), ((0, 0), *more, (0, 0))) for a in (q, k, v))
+    block = next(size for size in BLOCKS if length % size == 0)
+    one = kernels.make_splash_mha_single_device(
+        kernels.MultiHeadMask([kernels.CausalMask((length, length))] * n),
+        block_sizes=kernels.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
+        interpret=interpret,
+    )
+    each: Any = jax.vmap(one)
+    out = each(q * h**-0.5, k, v, kernels.SegmentIds(looks, segments))
+    return out[:, :, :t].swapaxes(1, 2)
+
+
+def _no_splash(q: Array) -> str:
+    """Why `splash` cannot be used; "" if it can."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if len(q) % max(mesh.size, 1):
+        return f"{mesh.size} devices do not divide {len(q)} rows"
+    return ""
+
+
+def _no_cudnn(q: Array, k: Array, v: Array, segments: Array) -> str:
+    """Why `cudnn` cannot be used; "" if it can. It can be traced only where cuDNN is installed."""
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"cuDNN's flash attention is for 16-bit numbers, not for {q.dtype}"
+    if q.shape[1] % 2:
+        return f"cuDNN's flash attention is for an even number of places, not for {q.shape[1]}"
+    try:
+        jax.eval_shape(cudnn, q, k, v, segments)
+    except (RuntimeError, NotImplementedError) as error:
+        return str(error)
+    return ""
+
+
+@cache
+def _say(platform: str, reason: str) -> None:
+    """Says why a kernel is not used: once, not for every layer and compilation, and aloud only
+    where it matters."""
+    here = logging.WARNING if jax.default_backend() == platform else logging.INFO
+    text = "On a %s, attention holds the scores of all pairs: %s"
+    logging.getLogger(__name__).log(here, text, platform.upper(), reason)

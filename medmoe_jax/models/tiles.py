@@ -1,0 +1,115 @@
+"""Each expert on its own tokens, laid out in tiles: the form for many tokens on a TPU and a GPU.
+
+The (token, expert) pairs are sorted by expert into a buffer of rows. The rows of an expert begin at
+a multiple of the tile, so that every tile belongs to one expert and the products of `products.py`
+need no masks. Tiles that no expert owns are not computed. No token is dropped.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from medmoe_jax.models import quantized
+from medmoe_jax.models.layers import Array, Params
+from medmoe_jax.models.products import Product
+
+TILES = (512, 256, 128)  # rows of a tile
+WASTE = 0.25  # share of the rows that may be padding before smaller tiles are chosen
+
+
+class Layout(NamedTuple):
+    """Where every pair lies in a buffer of R rows."""
+
+    sizes: Array  # i32[E], rows of each expert, padding included: multiples of the tile
+    source: Array  # i32[R], pair in a row; T * K: none
+    place: Array  # i32[T * K], row of a pair; R: none
+
+
+def tile_rows(pairs: int, n_experts: int) -> int:
+    """Rows of a tile for so many (token, expert) pairs."""
+    fits = (size for size in TILES if n_experts * size <= WASTE * pairs)
+    return next(fits, TILES[-1])
+
+
+def layout(choice: Array, n_experts: int, tile: int) -> Layout:
+    """Lays pairs out by expert.
+
+    Args:
+      choice: i32[P], the expert of each pair; E stands for none.
+      n_experts: E.
+      tile: rows of a tile.
+    """
+    pairs = len(choice)
+    # Every expert may leave all but one row of its last tile empty.
+    rows = (pairs + n_experts * (tile - 1)) // tile * tile
+    hot = choice[:, None] == jnp.arange(n_experts)[None]
+    before = jnp.cumsum(hot, axis=0, dtype=jnp.int32)
+    counts = before[-1]
+    sizes = -(-counts // tile) * tile
+    starts = jnp.cumsum(sizes) - sizes
+    place = jnp.where(hot, starts[None] + before - 1, 0).sum(-1)
+    place = jnp.where(hot.any(-1), place, rows)
+    source = jnp.full(rows, pairs, jnp.int32).at[place].set(jnp.arange(pairs), mode="drop")
+    return Layout(sizes, source, place)
+
+
+@jax.custom_vjp
+def _take(a: Array, index: Array, back: Array) -> Array:
+    """Rows a[index], zeros where the index is len(a).
+
+    `back` i32[len(a), J] says where each row of `a` went (len(index): nowhere), so that the
+    derivative is a gather as well: a scatter is slow on both platforms.
+    """
+    return a.at[index].get(mode="fill", fill_value=0)
+
+
+def _take_forward(a: Array, index: Array, back: Array) -> tuple[Array, Array]:
+    return _take(a, index, back), back
+
+
+def _take_backward(back: Array, dy: Array) -> tuple[Array, None, None]:
+    return dy.at[back].get(mode="fill", fill_value=0).sum(1), None, None
+
+
+_take.defvjp(_take_forward, _take_backward)
+
+
+def tiled(
+    p: Params, x: Array, choice: Array, weight: Array, n_experts: int, product: Product
+) -> Array:
+    """The expert sum with grouped matrix products. Arguments and result as in
+    `experts.reference`; `p` is stacked."""
+    b, t, d = x.shape
+    k = choice.shape[-1]
+    tile = tile_rows(b * t * k, n_experts)
+    where = layout(choice.reshape(-1), n_experts, tile)
+    pairs = where.place.reshape(-1, k)
+    # The token of pair n is n // k; that of the pair "none" is one behind the last.
+    rows = _take(x.reshape(-1, d), where.source // k, pairs)
+    y = _mlp(p, rows, where.sizes, tile, product)
+    y = _take(y, where.place, where.source[:, None]).reshape(b, t, k, d)
+    return (y * weight.astype(x.dtype)[..., None]).sum(-2)
+
+
+def _mlp(p: Params, rows: Array, sizes: Array, tile: int, product: Product) -> Array:
+    """`layers.mlp` of each row with the parameters of its expert."""
+    ends = jnp.cumsum(sizes)[None]
+    number = jnp.arange(len(rows))[:, None]
+    owner = ((number >= ends - sizes[None]) & (number < ends)).astype(rows.dtype)  # [R, E], 0 or 1
+
+    def linear(p: Params, rows: Array) -> Array:
+        kernel = p["kernel"]
+        if isinstance(kernel, (quantized.Int8, quantized.Int4)):
+            kernel = quantized.dequantize(kernel)
+        y = product(rows, kernel.astype(rows.dtype), sizes, tile=tile)
+        if "bias" not in p:
+            return y
+        # A product, because the derivative of a gather of biases is a scatter.
+        return y + jnp.matmul(owner, p["bias"].astype(y.dtype), precision="highest")
+
+    if "gate" in p:
+        return linear(p["down"], jax.nn.silu(linear(p["gate"], rows)) * linear(p["up"], rows))
+    return linear(p["fc2"], jax.nn.gelu(linear(p["fc1"], rows), approximate=True))

@@ -1,0 +1,71 @@
+"""Attention of a sequence to itself: the TPU's kernel against the plain form; what falls back."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from medmoe_jax.models import attention
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+# Two samples and padding behind them; padding in front; nothing but padding.
+SEGMENTS = ((1,) * 50 + (2,) * 70, (0,) * 30 + (1,) * 90, (0,) * 120)
+
+
+def inputs(t: int, heads: int, kv_heads: int, width: int) -> tuple[Any, ...]:
+    """q, k, v and segments of SEGMENTS, padded at the end to t places."""
+    rng = np.random.default_rng(t)
+    q, k, v = (
+        jnp.asarray(rng.standard_normal((len(SEGMENTS), t, n, width)), jnp.float32)
+        for n in (heads, kv_heads, kv_heads)
+    )
+    segments = np.zeros((len(SEGMENTS), t), np.int32)
+    segments[:, : len(SEGMENTS[0])] = SEGMENTS
+    return q, k, v, segments
+
+
+@pytest.mark.parametrize(("t", "heads", "kv_heads", "width"), [(200, 4, 2, 16), (384, 2, 2, 80)])
+def test_splash_is_plain_attention(t: int, heads: int, kv_heads: int, width: int) -> None:
+    """Values and gradients, padding included; lengths that are and are not whole blocks."""
+    *qkv, segments = inputs(t, heads, kv_heads, width)
+
+    def gradient(form: Any) -> Any:
+        def total(*qkv: Any) -> Any:
+            y = form(*qkv, segments)
+            return jnp.sin(y).sum(), y
+
+        return jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(*qkv)
+
+    (_, want), want_gradient = gradient(attention.plain)
+    (_, have), have_gradient = gradient(partial(attention.splash, interpret=True))
+    np.testing.assert_allclose(have, want, atol=1e-5)
+    for a, b in zip(have_gradient, want_gradient, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_no_place_sees_another_sample() -> None:
+    """Changing a place changes the later ones of its sample alone."""
+    q, k, v, segments = inputs(124, 2, 1, 8)
+    before = attention.attend_causal(q, k, v, segments)
+    after = attention.attend_causal(q, k, v.at[:, 20].add(1.0), segments)
+    moved = np.asarray(jnp.abs(after - before).max((2, 3)) > 1e-6)
+    assert np.flatnonzero(moved[0]).tolist() == list(range(20, 50))
+
+
+def test_a_kernel_that_cannot_be_used_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    attention._say.cache_clear()
+    q, k, v, segments = inputs(121, 2, 1, 8)
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            attention.attend_causal(q, k, v, segments)
+            attention.attend_causal(*(a.astype(jnp.bfloat16) for a in (q, k, v)), segments)
+    lines = [record.message for record in caplog.records]
+    assert sum("16-bit numbers, not for float32" in line for line in lines) == 1
+    assert sum("even number of places, not for 121" in line for line in lines) == 1

@@ -1,0 +1,128 @@
+"""The tiled form of the expert sum against the obvious one, with every product, and its layout."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small_models
+
+from medmoe_jax.models import experts, layers, products, tiles
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+WIDTH, FFN = 128, 136  # a width in whole blocks, and one that ends in a part of a block
+TPU = partial(products.tpu, interpret=True)
+
+
+def chosen(kind: str, tokens: int, n_experts: int, top_k: int) -> Any:
+    """i32[1, T, K]: experts at random; all tokens the last ones; or every second token none."""
+    if kind == "one":
+        return np.tile(np.arange(top_k, dtype=np.int32) + n_experts - top_k, (1, tokens, 1))
+    rng = np.random.default_rng(tokens)
+    order = rng.permuted(np.tile(np.arange(n_experts, dtype=np.int32), (1, tokens, 1)), axis=-1)
+    choice = order[..., :top_k]
+    if kind == "none":
+        choice[:, ::2] = n_experts
+    return choice
+
+
+# Around a tile of 128 rows; one expert, as on a device that holds one of many.
+@pytest.mark.parametrize(
+    ("product", "family", "tokens", "n_experts", "top_k"),
+    [
+        (products.plain, "phi", 70, 4, 1),
+        (products.plain, "stablelm", 129, 3, 2),
+        (TPU, "phi", 128, 1, 1),
+        (TPU, "phi", 129, 3, 2),
+        pytest.param(TPU, "stablelm", 300, 4, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_tiled_is_the_obvious_sum(
+    product: Any, family: str, tokens: int, n_experts: int, top_k: int
+) -> None:
+    p = small_models.fill(layers.mlp_leaves(family, WIDTH, FFN, (n_experts,)))
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((1, tokens, WIDTH)), jnp.float32)
+    weight = jnp.asarray(rng.uniform(0.1, 1, (1, tokens, top_k)), jnp.float32)
+
+    def gradient(form: Any) -> Any:
+        def total(p: Any, x: Any, weight: Any, choice: Any) -> Any:
+            y = form(p, x, choice, weight, n_experts)
+            return (y * jnp.sin(jnp.arange(y.size)).reshape(y.shape)).sum(), y
+
+        return jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))
+
+    slow = gradient(experts.reference)
+    fast = gradient(partial(tiles.tiled, product=product))
+    for kind in ("mixed", "one", "none"):
+        found = p, x, weight, chosen(kind, tokens, n_experts, top_k)
+        (_, want), want_gradient = slow(*found)
+        (_, have), have_gradient = fast(*found)
+        np.testing.assert_allclose(have, want, atol=1e-5, rtol=1e-5, err_msg=kind)
+        for a, b in zip(*map(jax.tree.leaves, (have_gradient, want_gradient)), strict=True):
+            scale = max(1.0, np.abs(b).max())
+            np.testing.assert_allclose(a / scale, b / scale, atol=1e-5, err_msg=kind)
+        if kind == "one":  # nobody chose the first experts
+            for leaf in jax.tree.leaves(have_gradient[0]):
+                assert not np.any(leaf[: n_experts - top_k])
+
+
+def test_in_a_scan_that_recomputes_and_in_half_precision() -> None:
+    """As in the decoder of a large model."""
+    stack, n_experts, tokens = 2, 2, 140
+    p = small_models.fill(layers.mlp_leaves("phi", WIDTH, FFN, (stack, n_experts)))
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((1, tokens, WIDTH)), jnp.float32)
+    choice, weight = chosen("mixed", tokens, n_experts, 1), jnp.full((1, tokens, 1), 0.7)
+
+    def run(form: Any, dtype: Any) -> Any:
+        def total(p: Any) -> Any:
+            def layer(x: Any, p: Any) -> Any:
+                return x + form(p, x, choice, weight, n_experts), None
+
+            y, _ = jax.lax.scan(layers.remat(layer, "full"), x.astype(dtype), p)
+            assert y.dtype == dtype
+            return jnp.sin(y.astype(jnp.float32)).sum()
+
+        return jax.jit(jax.value_and_grad(total))(p)
+
+    form = partial(tiles.tiled, product=TPU)
+    want = run(experts.reference, jnp.float32)
+    for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 0.05)):
+        have = run(form, dtype)
+        for a, b in zip(jax.tree.leaves(have), jax.tree.leaves(want), strict=True):
+            scale = max(1.0, np.abs(b).max())
+            np.testing.assert_allclose(a / scale, b / scale, atol=tolerance)
+
+
+@pytest.mark.parametrize("counts", [(0, 5, 0), (4, 4, 4), (1, 0, 11), (0, 0, 0), (12, 0, 0)])
+def test_layout(counts: tuple[int, ...]) -> None:
+    """Every pair has a row of its own among those of its expert, which begin at a tile."""
+    pairs, tile = 12, 4
+    rest = pairs - sum(counts)
+    choice = np.repeat(np.arange(4, dtype=np.int32), (*counts, rest))
+    choice = np.random.default_rng(0).permutation(choice)
+    where = jax.tree.map(np.asarray, tiles.layout(jnp.asarray(choice), 3, tile))
+    assert len(where.source) % tile == 0
+    assert where.sizes.tolist() == [-(-count // tile) * tile for count in counts]
+    ends = np.cumsum(where.sizes)
+    for pair, (row, e) in enumerate(zip(where.place, choice, strict=True)):
+        if e == 3:
+            assert row == len(where.source)
+        else:
+            assert ends[e] - where.sizes[e] <= row < ends[e] and where.source[row] == pair
+    assert (where.source == pairs).sum() == len(where.source) - sum(counts)
+
+
+def test_tiles_shrink_with_the_number_of_tokens() -> None:
+    """So that what they are padded with stays a small share."""
+    assert tiles.tile_rows(8192, 1) == 512
+    assert tiles.tile_rows(4096, 4) == 256
+    assert tiles.tile_rows(65, 4) == 128
+    for pairs in (4096, 5000, 16384):
+        assert 4 * tiles.tile_rows(pairs, 4) <= tiles.WASTE * pairs
