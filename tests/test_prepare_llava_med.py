@@ -91,7 +91,8 @@ def test_domain_flags(tmp_path: Path, on: tuple[str, ...], modality: str, rule: 
         (instructed(1, conversations=None), "no 'conversations' list"),
         (instructed(1, conversations=["a"]), "must be an object with 'from'"),
         (instructed(1, conversations=talk("a", "b", "c")), "must take turns"),
-        (instructed(1, conversations=talk("a", "b")[::-1]), "must take turns"),
+        (instructed(1, conversations=talk("a", "b", "c", "d")[::-2]), "must take turns"),
+        (instructed(1, conversations=talk("a", "b")[1:]), "must take turns"),
         (instructed(1, conversations=talk("a", " ")), "the answer is empty"),
         (instructed(1, conversations=talk("<image> <image>", "b")), "2 <image> in the text"),
         (instructed(1, image="../p1.jpg"), "points out of"),
@@ -139,6 +140,17 @@ def test_mirror(tmp_path: Path, key: str, as_text: bool) -> None:
     for i, row in enumerate(written):
         assert (out / "images" / row["image"]).read_bytes() == picture(i)
     assert "only its path, 'p2.jpg'" in (out / "problems.jsonl").read_text()
+
+
+def test_a_first_turn_of_gpt_is_dropped(tmp_path: Path) -> None:
+    folder = images(tmp_path / "source", 1)
+    row = instructed(0, conversations=talk("", "Hello.", "What?", "This.")[1:])
+    write_json(folder / "a.json", [row])
+    assert prepare(folder, tmp_path / "out", "--allow-counts") == 0
+    (written,) = lines(tmp_path / "out" / "manifest.jsonl")
+    assert written["conversations"] == talk("<image>\nWhat?", "This.")
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["handled"] == {"a turn of 'gpt' before the first question dropped": 1}
 
 
 def test_what_is_no_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

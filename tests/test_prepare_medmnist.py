@@ -148,6 +148,23 @@ def test_defects(
     assert message in capsys.readouterr().err
 
 
+def test_shapes_that_say_the_same(tmp_path: Path) -> None:
+    """Labels [N], grey images [N, S, S, 1]."""
+    first = medmnist(tmp_path / "a", "pneumoniamnist")
+    with np.load(first) as arrays:
+        change = {
+            "val_images": arrays["val_images"][..., None],
+            "test_labels": arrays["test_labels"][:, 0].astype(np.int64),
+        }
+    second = medmnist(tmp_path / "b", "pneumoniamnist", **change)
+    for name, file in (("a", first), ("b", second)):
+        assert prepare(file, tmp_path / "out" / name, "--allow-counts") == 0
+    manifests = [(tmp_path / "out" / n / "manifest.jsonl").read_text() for n in "ab"]
+    assert manifests[0] == manifests[1]
+    images = [sorted((tmp_path / "out" / n / "images").rglob("*.png")) for n in "ab"]
+    assert [f.read_bytes() for f in images[0]] == [f.read_bytes() for f in images[1]]
+
+
 def test_a_file_cut_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = medmnist(tmp_path, "pneumoniamnist")
     file.write_bytes(file.read_bytes()[:-2000])

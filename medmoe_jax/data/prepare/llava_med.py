@@ -213,7 +213,10 @@ def _turns(reading: Reading, talk: Any) -> list[tuple[str, str]]:
         raise DataError(f"no '{TALK[0]}' list (nor '{TALK[1]}')")
     if not all(isinstance(turn, dict) for turn in talk):
         raise DataError("a turn must be an object with 'from' and 'value'")
-    if [turn.get("from") for turn in talk] != [HUMAN, GPT] * (len(talk) // 2):
+    if talk[0].get("from") == GPT:  # as LLaVA's trainer does
+        reading.handled.append(f"a turn of '{GPT}' before the first question dropped")
+        talk = talk[1:]
+    if not talk or [turn.get("from") for turn in talk] != [HUMAN, GPT] * (len(talk) // 2):
         raise DataError(f"'{HUMAN}' and '{GPT}' must take turns, '{HUMAN}' first, '{GPT}' last")
     texts = [
         reading.text(turn.get("value"), ("question", "answer")[place % 2], lines=True)

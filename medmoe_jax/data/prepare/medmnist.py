@@ -207,6 +207,8 @@ def _labels(file: Path, split: str) -> np.ndarray:
 def _images(file: Path, flag: str, split: str, size: int, number: int) -> np.ndarray:
     """uint8[N, S, S], or [N, S, S, 3] of a set in colour."""
     images = _array(file, f"{split}_images")
+    if images.shape[3:] == (1,):  # a grey channel of its own
+        images = images[..., 0]
     side = images.shape[1] if images.ndim > 1 else 0
     shape = (number, side, side, 3) if SETS[flag].colour else (number, side, side)
     if images.dtype != np.uint8 or images.shape != shape or side not in SIZES:
