@@ -5,22 +5,25 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny_data
+from PIL import Image
 
 from medmoe_jax.config import DataConfig
 from medmoe_jax.data import merge, templates, tokens
 from medmoe_jax.data.check import load_samples, sample_fault
 from medmoe_jax.data.collate import Collator
 from medmoe_jax.data.image_store import ImageStore
-from medmoe_jax.data.images import ImageSpec, load_image
+from medmoe_jax.data.images import ImageSpec, fit, load_image
 from medmoe_jax.data.lengths import sample_lengths
 from medmoe_jax.data.order import plan
 from medmoe_jax.data.pipeline import Batches, build
+from medmoe_jax.data.prepare import tfds_builder
 from medmoe_jax.data.problems import DataError
 from medmoe_jax.data.sources import Loaded, Sample
 
@@ -275,6 +278,29 @@ def test_workers_pack_the_same_rows(samples: list[Sample], cfg: DataConfig, toke
     batches = build(samples, tokenizer, SPEC, PATCHES, cfg, 2, 5)
     assert batches.order.batches(3) >= 3  # the epochs known so far travel along
     assert_same(take(batches, 4), whole)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_record_folders(
+    samples: list[Sample], cfg: DataConfig, tokenizer: Any, tmp_path: Path, workers: int
+) -> None:
+    """Rows and images from records give the batches that files give."""
+    cfg = dataclasses.replace(cfg, workers=workers)
+    rows = json.loads(Path(cfg.files[0]).read_text())
+    given = Path(cfg.image_folder)
+    folder = tfds_builder.write("tiny", {"train": rows}, given, tmp_path / "records")
+    shutil.rmtree(given)
+    found = load_samples([folder], cfg, tokenizer, PATCHES).samples
+    assert [dataclasses.replace(s, file="") for s in found] == [
+        dataclasses.replace(s, file="") for s in samples
+    ]
+    (batch,) = take(build(found, tokenizer, SPEC, PATCHES, cfg, ROWS, 0, train=False), None)
+    for number in range(ROWS - 1):
+        pixels = np.random.default_rng(number).integers(0, 256, (16, 20, 3), np.uint8)
+        np.testing.assert_array_equal(
+            batch["images"][number, 0], fit(Image.fromarray(pixels), SPEC)
+        )
+    assert batch["row"].tolist() == list(range(ROWS))
 
 
 def test_mixture_of_files(cfg: DataConfig, tokenizer: Any, tmp_path: Path) -> None:

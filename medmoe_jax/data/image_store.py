@@ -1,4 +1,4 @@
-"""Images of samples, decoded, and kept in memory where they fit."""
+"""Images of samples, from files or from records: decoded, and kept in memory where they fit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from medmoe_jax.data.images import ImageSpec, find_image, load_image
+from medmoe_jax.data.images import ImageSpec, find_image, load_encoded, load_image
+from medmoe_jax.data.records import Records, is_records
 from medmoe_jax.data.sources import Sample, image_folder_of
 
 
@@ -22,24 +23,37 @@ class ImageStore:
           keep: whether images stay in memory.
         """
         self._image_folder, self._spec, self._keep = image_folder, spec, keep
-        self._kept: dict[tuple[Path, str], np.ndarray] = {}
+        self._places: dict[str, Path | Records] = {}  # data file -> where its images are
+        self._kept: dict[tuple[str, str], np.ndarray] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_kept": {}}
+        return self.__dict__ | {"_places": {}, "_kept": {}}
 
     def read(self, sample: Sample) -> list[np.ndarray]:
         """The images of a sample, each uint8[crop, crop, 3].
 
         Raises:
-          DataError: as `find_image` and `load_image`.
+          DataError: as `find_image` and `load_image`, or a record cannot be read.
         """
-        folder = image_folder_of(sample.file, self._image_folder)
-        return [self._read(folder, name) for name in sample.images]
+        place = self._place(sample.file)
+        key = str(place) if isinstance(place, Path) else sample.file
+        keys = [(key, name) for name in sample.images]
+        found = [self._kept[one] for one in keys if one in self._kept]
+        if len(found) < len(keys):
+            found = self._read(place, sample)
+            if self._keep:
+                self._kept |= zip(keys, found, strict=True)
+        return found
 
-    def _read(self, folder: Path, name: str) -> np.ndarray:
-        if (folder, name) in self._kept:
-            return self._kept[folder, name]
-        pixels = load_image(find_image(folder, name), self._spec)
-        if self._keep:
-            self._kept[folder, name] = pixels
-        return pixels
+    def _read(self, place: Path | Records, sample: Sample) -> list[np.ndarray]:
+        if isinstance(place, Path):
+            return [load_image(find_image(place, name), self._spec) for name in sample.images]
+        record = place[sample.row]
+        pairs = zip(record.images, sample.images, strict=True)
+        return [load_encoded(content, name, self._spec) for content, name in pairs]
+
+    def _place(self, file: str) -> Path | Records:
+        if file not in self._places:
+            here = Records(file) if is_records(file) else image_folder_of(file, self._image_folder)
+            self._places[file] = here
+        return self._places[file]

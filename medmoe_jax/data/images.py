@@ -20,11 +20,12 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from medmoe_jax.config import ViewConfig, VisionConfig
 from medmoe_jax.data import medical
@@ -135,11 +136,19 @@ def load_image(path: str | Path, spec: ImageSpec) -> np.ndarray:
     Raises:
       DataError: as `open_image`, or the image is too elongated.
     """
-    image = open_image(path, spec.view)
+    return _fitted(open_image(path, spec.view), Path(path).name, spec)
+
+
+def load_encoded(content: bytes, name: str, spec: ImageSpec) -> np.ndarray:
+    """Like `load_image`, for the content of a file of one of FORMATS."""
+    return _fitted(decode(content, name), name, spec)
+
+
+def _fitted(image: Image.Image, name: str, spec: ImageSpec) -> np.ndarray:
     try:
         return fit(image, spec)
     except DataError as error:
-        raise DataError(f"image {Path(path).name!r}: {error}") from error
+        raise DataError(f"image {name!r}: {error}") from error
 
 
 def open_image(path: str | Path, view: ViewConfig | None = None) -> Image.Image:
@@ -160,17 +169,29 @@ def open_image(path: str | Path, view: ViewConfig | None = None) -> Image.Image:
     if found:
         return medical.open_medical(path, found, view or ViewConfig()).convert("RGB")
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"image {path.name!r} cannot be read: {error.strerror}") from error
+    return decode(content, path.name)
+
+
+def decode(content: bytes, name: str) -> Image.Image:
+    """The picture in the content of a file of one of FORMATS; otherwise as `open_image`."""
+    try:
+        with Image.open(BytesIO(content), formats=FORMATS) as image:
             image.verify()  # checksums of PNG files, which decoding alone does not look at
-        with Image.open(path, formats=FORMATS) as image:  # verify() leaves the first one unusable
-            check_pixels(image.width, image.height, path.name)
+        with Image.open(BytesIO(content), formats=FORMATS) as image:  # the first one is used up
+            check_pixels(image.width, image.height, name)
             return to_rgb(image)
     except DataError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise DataError(f"image {path.name!r} is too large ({error}); make it smaller") from error
+        raise DataError(f"image {name!r} is too large ({error}); make it smaller") from error
+    except UnidentifiedImageError as error:
+        known = ", ".join(FORMATS)
+        raise DataError(f"image {name!r} cannot be read: it is none of {known}") from error
     except Exception as error:  # Pillow's decoders raise errors of many kinds on broken files
-        raise DataError(f"image {path.name!r} cannot be read: {error}") from error
+        raise DataError(f"image {name!r} cannot be read: {error}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

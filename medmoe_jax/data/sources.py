@@ -27,6 +27,7 @@ import numpy as np
 from medmoe_jax.config import MODALITIES
 from medmoe_jax.data.images import find_image
 from medmoe_jax.data.problems import DataError, Problem, settle
+from medmoe_jax.data.records import Records, is_records
 from medmoe_jax.data.templates import GPT, HUMAN, IMAGE_TOKEN, Turn, from_human
 
 OPEN, CLOSED = "open", "closed"
@@ -87,7 +88,8 @@ def read_rows(files: Sequence[str | Path], image_folder: str | Path) -> Loaded:
     """Reads all rows of all files, in order; what cannot be used becomes a problem.
 
     Args:
-      files: .json (a list) or .jsonl (a row a line).
+      files: .json (a list) or .jsonl (a row a line), or folders with records (`data/records.py`),
+        which hold their images.
       image_folder: image paths are relative to it (see `image_folder_of`); the images' existence
         is checked.
 
@@ -99,6 +101,9 @@ def read_rows(files: Sequence[str | Path], image_folder: str | Path) -> Loaded:
     loaded = Loaded([], [])
     checked: dict[tuple[Path, str], str] = {}  # image -> what is wrong with it, '' = nothing
     for file in files:
+        if is_records(file):
+            _read_record_folder(file, loaded)
+            continue
         folder = image_folder_of(file, image_folder)
         for row, record, fault in records(Path(file)):
             try:
@@ -117,6 +122,18 @@ def read_rows(files: Sequence[str | Path], image_folder: str | Path) -> Loaded:
     if not loaded.total:
         raise DataError(f"no rows in {', '.join(map(str, files))}")
     return loaded
+
+
+def _read_record_folder(file: str | Path, loaded: Loaded) -> None:
+    for row, record in enumerate(Records(file)):
+        try:
+            sample = _sample(record.row, str(file), row, loaded.notes)
+            if len(record.images) != len(sample.images):
+                raise DataError(f"{len(record.images)} images are in the record, not those named")
+            loaded.samples.append(sample)
+        except DataError as error:
+            name = _first(record.row, ("id", "qid", "question_id"))
+            loaded.problems.append(Problem(str(file), row, name, str(error)))
 
 
 def image_folder_of(file: str | Path, image_folder: str | Path = "") -> Path:
