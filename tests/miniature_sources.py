@@ -155,16 +155,16 @@ def slake_rows() -> dict[str, list[dict[str, Any]]]:
         "train": [
             slake_row(0, one, "What modality is used?", "CT"),
             slake_row(1, one, "Is it\tnormal? ", "Yes ", answer_type="CLOSED"),
-            slake_row(2, two, "图像使用了什么成像模态？", "MRI", q_lang="zh", modality="MRI"),
+            slake_row(2, two, "图像使用了什么成像模态?", "MRI", q_lang="zh", modality="MRI"),
             slake_row(3, two, "How many kidneys?", 2, modality="MRI", content_type="Quantity"),
-            slake_row(4, two, "是否正常？", "是", q_lang="zh", modality="MRI",
+            slake_row(4, two, "是否正常?", "是", q_lang="zh", modality="MRI",
                       answer_type="CLOSED"),
             slake_row(1622, one, "Where is the liver?", "", content_type="Position"),
         ],
         "validation": [slake_row(10, three, "Which organ?", "Lung", modality="X-Ray")],
         "test": [
             slake_row(20, three, "Is it an X-ray?", "yes", answer_type="closed", modality="X-Ray"),
-            slake_row(21, three, "图中有什么？", "肺", q_lang="zh", modality="X-Ray"),
+            slake_row(21, three, "图中有什么?", "肺", q_lang="zh", modality="X-Ray"),
             slake_row(22, three, "Where?", "Chest", q_lang="EN", modality="X-Ray"),
         ],
     }  # fmt: skip

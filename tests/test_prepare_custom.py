@@ -40,9 +40,7 @@ def test_csv(tmp_path: Path) -> None:
     )
     mini.put(source / "mine.csv", table.encode())
     mini.put(source / "pictures" / "a.png", mini.picture(1, "PNG"))
-    mini.put(
-        source / "pictures" / "sub" / "b.png", mini.picture(2)
-    )  # a JPEG, whatever it is called
+    mini.put(source / "pictures" / "sub" / "b.png", mini.picture(2))  # really a JPEG
     assert prepare("custom", source, tmp_path / "out", "--licence", "ours") == 0
     rows = lines(tmp_path / "out" / "manifest.jsonl")
     assert [row["id"] for row in rows] == ["7", "mine-1", "mine-2", "mine-3"]

@@ -72,7 +72,8 @@ def test_malicious_pickles_are_refused_and_not_run(
 def test_plain_data_comes_back(tmp_path: Path, protocol: int) -> None:
     shared = ["twice", {"a": (1, 2, 3, 4)}]
     content = [
-        shared, shared, None, True, False, -1, 300, 70000, 2**70, 1.5, b"bytes" if protocol > 2 else 0,
+        shared, shared, None, True, False, -1, 300, 70000, 2**70, 1.5,
+        b"bytes" if protocol > 2 else 0,
         (), (1,), (1, 2), {}, {"k": [1, {2: ["x"]}]}, "\u00e9\u4e2d", {1, 2} if protocol > 3 else 0,
     ]  # fmt: skip
     file = mini.put(tmp_path / "x.pkl", pickle.dumps(content, protocol))

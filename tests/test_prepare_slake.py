@@ -16,7 +16,8 @@ def test_english(tmp_path: Path) -> None:
     assert prepare("slake", mini.slake(tmp_path / "s"), tmp_path / "out", "--allow-counts") == 0
     rows = lines(tmp_path / "out" / "manifest.jsonl")
     assert [(row["id"], row["split"]) for row in rows] == [
-        ("0", "train"), ("1", "train"), ("3", "train"), ("10", "val"), ("20", "test"), ("22", "test"),
+        ("0", "train"), ("1", "train"), ("3", "train"), ("10", "val"),
+        ("20", "test"), ("22", "test"),
     ]  # fmt: skip
     assert [row["answer_type"] for row in rows] == (
         ["OPEN", "CLOSED", "OPEN", "OPEN", "CLOSED", "OPEN"]
