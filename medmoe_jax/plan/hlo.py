@@ -1,0 +1,419 @@
+"""What a compiled program does, read from its optimised HLO: FLOPs of products, bytes moved and
+collectives, with the bodies of loops counted as often as they run.
+
+XLA's own `cost_analysis` counts a loop's body once and kernels not at all. Of the branches of a
+conditional the most costly is counted. All figures are those of one device.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import prod
+
+import numpy as np
+
+BYTES = {
+    "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4,
+    "s64": 8, "u64": 8, "f16": 2, "bf16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16,
+}  # fmt: skip
+COLLECTIVES = (
+    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all",
+    "collective-permute", "collective-broadcast",
+)  # fmt: skip
+# They move nothing themselves.
+FREE = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id",
+    "replica-id", "opt-barrier", "while", "conditional", "call", "iota", "domain",
+}  # fmt: skip
+SLICES = ("dynamic-slice", "slice", "gather")
+# Custom calls that stand for no work of their own.
+MARKERS = ("Sharding", "AsyncCollective", "AllocateBuffer", "AssumeGatherIndicesInBound", "barrier")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """An array of one device."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    on_chip: bool  # in a TPU's vector or scalar memory: its bytes do not pass the main memory
+
+    @property
+    def size(self) -> float:
+        """Bytes."""
+        return prod(self.dims) * BYTES.get(self.dtype, 1 if self.dtype.startswith("f8") else 0)
+
+    @property
+    def traffic(self) -> float:
+        """Bytes of main memory."""
+        return 0.0 if self.on_chip else self.size
+
+
+@dataclass
+class Op:
+    """One instruction."""
+
+    name: str
+    kind: str
+    shapes: list[Shape]  # of its results
+    operands: list[str]
+    literal: str  # what stands in the brackets: of a constant its value, of a parameter its number
+    attributes: str
+    root: bool
+
+    @property
+    def called(self) -> list[str]:
+        """Names of the computations that it runs."""
+        names = re.findall(r"(?:calls|to_apply|body|condition)=%([\w.\-]+)", self.attributes)
+        for group in re.findall(r"branch_computations=\{([^}]*)\}", self.attributes):
+            names += re.findall(r"%([\w.\-]+)", group)
+        names += re.findall(r"(?:true|false)_computation=%([\w.\-]+)", self.attributes)
+        return names
+
+    def attribute(self, name: str) -> str:
+        """The word behind `name=`; "" if there is none."""
+        found = re.search(rf"\b{name}=(\{{[^}}]*\}}|[^\s,]+)", self.attributes)
+        return found.group(1) if found else ""
+
+    def numbers(self, name: str) -> list[int]:
+        """The list of numbers behind `name=`."""
+        return [int(n) for n in re.findall(r"\d+", self.attribute(name))]
+
+
+Computation = dict[str, Op]
+
+
+@dataclass
+class Collective:
+    """Exchanges of one kind."""
+
+    count: float = 0.0
+    sent: float = 0.0  # bytes that one device sends
+
+
+@dataclass
+class Work:
+    """What some part of a program does, on one device."""
+
+    flops: float = 0.0  # of products and of kernels that declare theirs
+    traffic: float = 0.0  # bytes read from and written to main memory
+    collectives: dict[str, Collective] = field(default_factory=dict)
+    kernels: dict[str, float] = field(default_factory=dict)  # without declared FLOPs: name -> calls
+    endless: int = 0  # loops whose number of rounds is not known; counted once
+
+    def add(self, other: Work, times: float = 1.0) -> None:
+        """Adds `other`, done so many times."""
+        self.flops += times * other.flops
+        self.traffic += times * other.traffic
+        self.endless += other.endless
+        for kind, more in other.collectives.items():
+            mine = self.collectives.setdefault(kind, Collective())
+            mine.count += times * more.count
+            mine.sent += times * more.sent
+        for name, calls in other.kernels.items():
+            self.kernels[name] = self.kernels.get(name, 0.0) + times * calls
+
+    @property
+    def sent(self) -> float:
+        """Bytes that one device sends."""
+        return sum(c.sent for c in self.collectives.values())
+
+
+def work(text: str) -> Work:
+    """What the program does whose optimised HLO is `text` (`Compiled.as_text()`)."""
+    return _Reader(text).total()
+
+
+def _balanced(text: str, start: int) -> int:
+    """Index behind the bracket that closes the one at `start`."""
+    depth = 0
+    for i in range(start, len(text)):
+        depth += (text[i] == "(") - (text[i] == ")")
+        if depth == 0:
+            return i + 1
+    return len(text)
+
+
+_SHAPE = re.compile(r"\b(\w+)\[([\d,<=]*)\](\{[^}]*\})?")
+_LINE = re.compile(r"^\s*(ROOT\s+)?%?([\w.\-]+) = ")
+
+
+def _shapes(text: str) -> list[Shape]:
+    return [
+        Shape(
+            dtype,
+            tuple(int(d.lstrip("<=")) for d in dims.split(",") if d),
+            bool(re.search(r"S\([1-9]", layout)),
+        )
+        for dtype, dims, layout in _SHAPE.findall(re.sub(r"/\*.*?\*/", "", text))
+    ]
+
+
+def _op(line: str) -> Op | None:
+    head = _LINE.match(line)
+    if not head:
+        return None
+    start = head.end()
+    end = _balanced(line, start) if line[start] == "(" else line.find(" ", start)
+    word = re.compile(r"\s*([\w\-]+)\(").match(line, end)
+    if not word:
+        return None
+    close = _balanced(line, word.end() - 1)
+    literal = line[word.end() : close - 1]
+    operands = re.findall(r"%([\w.\-]+)", literal)
+    shapes, root = _shapes(line[start:end]), bool(head.group(1))
+    return Op(head.group(2), word.group(1), shapes, operands, literal, line[close:], root)
+
+
+def parse(text: str) -> tuple[dict[str, Computation], str]:
+    """The computations of a module by name, and the name of the first to run."""
+    found: dict[str, Computation] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        header = re.match(r"^(ENTRY\s+)?%?([\w.\-]+) \(.*\{\s*$", line)
+        if header and not _LINE.match(line):
+            current = found.setdefault(header.group(2), {})
+            entry = header.group(2) if header.group(1) else entry
+        elif line.startswith("}"):
+            current = None
+        elif current is not None and (op := _op(line)):
+            current[op.name] = op
+    return found, entry
+
+
+class _Reader:
+    def __init__(self, text: str) -> None:
+        self._computations, self._entry = parse(text)
+        partitions = re.search(r"num_partitions=(\d+)", text)
+        self._partitions = int(partitions.group(1)) if partitions else 1
+        self._known: dict[tuple[str, bool], Work] = {}
+        # A TPU hides a collective behind products: it is in the fusion that starts it, in those
+        # beside it and in the one that ends it.
+        self._started = {
+            op.attribute("channel_id")
+            for within in self._computations.values()
+            if any("AsyncCollectiveStart" in o.attributes for o in within.values())
+            for op in within.values()
+            if op.kind in COLLECTIVES and op.attribute("channel_id")
+        }
+
+    def total(self) -> Work:
+        return self._computation(self._entry, False)
+
+    def _computation(self, name: str, fused: bool) -> Work:
+        """Work of a computation; inside a fusion nothing passes the main memory."""
+        key = name, fused
+        if key not in self._known:
+            total = self._known[key] = Work()
+            for op in self._computations.get(name, {}).values():
+                total.add(self._one(self._computations[name], op, fused))
+        return self._known[key]
+
+    def _one(self, within: Computation, op: Op, fused: bool) -> Work:
+        if op.kind == "while":
+            return self._loop(op, fused)
+        if op.kind == "conditional":
+            branches = [self._computation(name, fused) for name in op.called]
+            return max(branches, key=lambda w: (w.flops, w.traffic), default=Work())
+        if op.kind == "call" or op.kind.startswith("async-start"):
+            total = Work()
+            for name in op.called:
+                total.add(self._computation(name, fused))
+            return total
+        kind = op.kind.removesuffix("-start")
+        result = Work(traffic=0.0 if fused else self._traffic(within, op))
+        if op.kind == "fusion":
+            for name in op.called:
+                result.add(self._computation(name, True))
+        elif kind in COLLECTIVES:
+            self._collective(within, op, kind, result)
+        elif op.kind == "dot":
+            left = self._operands(within, op)[0].dims
+            contracted = prod(left[i] for i in op.numbers("lhs_contracting_dims"))
+            result.flops = 2.0 * prod(op.shapes[0].dims) * contracted
+        elif op.kind == "convolution":
+            result.flops = self._convolution(within, op)
+        elif op.kind == "custom-call":
+            self._custom(within, op, result)
+        return result
+
+    def _operands(self, within: Computation, op: Op) -> list[Shape]:
+        """Shapes of all operands, those of tuples one after the other."""
+        return [shape for name in op.operands if name in within for shape in within[name].shapes]
+
+    def _loop(self, op: Op, fused: bool) -> Work:
+        known = re.search(r'"known_trip_count":\{"n":"(\d+)"', op.attributes)
+        bodies = re.findall(r"(?:body|condition)=%([\w.\-]+)", op.attributes)
+        rounds = int(known.group(1)) if known else self._rounds(op.attribute("condition")[1:])
+        total = Work(endless=int(rounds is None))
+        for name in bodies:
+            total.add(self._computation(name, fused), 1 if rounds is None else rounds)
+        return total
+
+    def _rounds(self, condition: str) -> int | None:
+        """Rounds of a loop that counts from 0 up to a constant."""
+        ops = list(self._inside(condition))
+        below = [op for op in ops if op.kind == "compare" and "direction=LT" in op.attributes]
+        limits = [op for op in ops if op.kind == "constant" and op.shapes[0].dtype == "s32"]
+        others = {"parameter", "get-tuple-element", "compare", "constant", "fusion", "copy"}
+        if len(below) != 1 or len(limits) != 1 or {op.kind for op in ops} - others:
+            return None
+        return int(limits[0].literal)
+
+    def _inside(self, name: str) -> Iterator[Op]:
+        for op in self._computations.get(name, {}).values():
+            yield op
+            for other in op.called if op.kind == "fusion" else ():
+                yield from self._inside(other)
+
+    def _group(self, op: Op) -> int:
+        """Devices that exchange with each other."""
+        text = op.attributes
+        if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
+            return len(listed.group(1).split(","))
+        if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", text):
+            return int(iota.group(2))
+        if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:<=\S*)?\s*\{([^}]*)\}", text):
+            sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh.group(1)))
+            used = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh.group(2))
+            return prod(int(part or sizes[axis]) for axis, part in used)
+        return self._partitions
+
+    def _collective(self, within: Computation, op: Op, kind: str, result: Work) -> None:
+        given = sum(shape.size for shape in self._operands(within, op))
+        if kind in ("collective-permute", "collective-broadcast"):
+            result.collectives[kind] = Collective(1.0, given)
+            return
+        n, channel = self._group(op), op.attribute("channel_id")
+        starts = any("AsyncCollectiveStart" in o.attributes for o in within.values())
+        if n == 1 or (channel in self._started and not starts):
+            return
+        if kind == "all-reduce" and self._scatters(within, op):
+            kind = "reduce-scatter"
+        share = {"all-gather": n - 1.0, "all-reduce": 2.0 * (n - 1) / n}.get(kind, (n - 1) / n)
+        result.collectives[kind] = Collective(1.0, share * given)
+
+    def _scatters(self, within: Computation, op: Op) -> bool:
+        """Whether each device keeps a slice of the sum only: so TPUs write a reduce-scatter."""
+        users = [o.kind for o in within.values() if op.name in o.operands]
+        fused = not any(o.kind == "while" for o in within.values()) and len(within) < 40
+        return bool(users) and fused and all(kind == "dynamic-slice" for kind in users)
+
+    def _convolution(self, within: Computation, op: Op) -> float:
+        """FLOPs of a convolution; TPUs write products as such, with their batch in the window."""
+        left, right = self._operands(within, op)[:2]
+        out = op.shapes[0].dims
+        lhs, rest = op.attribute("dim_labels").split("_")
+        rhs, outs = rest.split("->")
+        window = op.attribute("window")
+        spatial = sorted(c for c in rhs if c.isdigit())
+
+        def each(name: str, default: int) -> list[int]:
+            found = re.search(rf"\b{name}=([\dx]+)", window)
+            return [int(v) for v in found.group(1).split("x")] if found else [default] * 9
+
+        stride, holes, wide = each("stride", 1), each("lhs_dilate", 1), each("rhs_dilate", 1)
+        pads = re.search(r"\bpad=([\d_x\-]+)", window)
+        low = [int(p.split("_")[0]) for p in pads.group(1).split("x")] if pads else [0] * 9
+        hits = 1
+        for i, dim in enumerate(spatial):
+            reach = (left.dims[lhs.index(dim)] - 1) * holes[i]
+            at = np.arange(out[outs.index(dim)])[:, None] * stride[i] - low[i]
+            at = at + np.arange(right.dims[rhs.index(dim)]) * wide[i]
+            hits *= int(((at >= 0) & (at <= reach) & (at % holes[i] == 0)).sum())
+        batch, features = out[outs.index("b")], out[outs.index("f")]
+        inputs = right.dims[rhs.index("i")]
+        parts = (op.numbers("batch_group_count") or [1])[0]
+        return 2.0 * batch * features * inputs * hits / parts
+
+    def _custom(self, within: Computation, op: Op, result: Work) -> None:
+        target = op.attribute("custom_call_target").strip('"')
+        declared = re.search(r'"cost_estimate":\{[^{}]*?"flops":"?(\d+)', op.attributes)
+        if declared:
+            result.flops = float(declared.group(1))
+        elif "$gemm" in target or "matmul" in target:
+            numbers = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', op.attributes)
+            axes = [int(n) for n in re.findall(r"\d+", numbers.group(1))] if numbers else [-1]
+            left = self._operands(within, op)[0].dims
+            result.flops = 2.0 * prod(op.shapes[0].dims) * prod(left[i] for i in axes)
+        elif "$fmha" in target:
+            result.flops = self._attention(within, op, target)
+        elif target and not any(word in target for word in MARKERS):
+            name = re.search(r'kernel_name\W+"?([\w\-.]+)', op.attributes)
+            result.kernels[name.group(1) if name else target] = 1.0
+
+    def _attention(self, within: Computation, op: Op, target: str) -> float:
+        """FLOPs of cuDNN's attention: two products forward, five backward."""
+        dims = re.search(
+            r'"intermediate_tensor_shape":\{[^{}]*"dimensions":\[([^\]]*)\]', op.attributes
+        )
+        if not dims:
+            return 0.0
+        b, n, t, s = (int(v) for v in re.findall(r"\d+", dims.group(1)))
+        width = prod(self._operands(within, op)[0].dims) // (b * n * t)
+        half = 0.5 if "CAUSAL" in op.attributes else 1.0
+        return 2.0 * b * n * t * s * width * half * (5 if "Backward" in target else 2)
+
+    def _traffic(self, within: Computation, op: Op) -> float:
+        if op.kind in FREE or op.kind.endswith("-done") or op.kind.startswith("async"):
+            return 0.0
+        result = sum(shape.traffic for shape in op.shapes)
+        given = [within[name].shapes for name in op.operands if name in within]
+        if op.kind in SLICES:
+            return 2 * result
+        if op.kind in ("dynamic-update-slice", "scatter"):
+            update = given[1 if op.kind == "dynamic-update-slice" else -1]
+            return 2 * sum(shape.traffic for shape in update)
+        if op.kind == "fusion" and op.called:
+            body = self._computations.get(op.called[0], {})
+            reads = sum(
+                self._read(op.called[0], i, sum(s.traffic for s in shapes))
+                for i, shapes in enumerate(given)
+            )
+            return reads + self._written(body, op)
+        if op.kind.endswith("-start"):  # the result repeats the operands
+            return 2 * sum(s.traffic for shapes in given for s in shapes)
+        return result + sum(s.traffic for shapes in given for s in shapes)
+
+    def _read(self, name: str, index: int, size: float) -> float:
+        """Bytes that a fused computation reads of its parameter `index` of `size` bytes."""
+        body = self._computations.get(name, {})
+        own = [o for o in body.values() if o.kind == "parameter" and o.literal == str(index)]
+        if not own or not size:
+            return size
+        total, names = 0.0, [own[0].name]
+        while names:
+            name = names.pop()
+            for user in (op for op in body.values() if name in op.operands):
+                places = [i for i, operand in enumerate(user.operands) if operand == name]
+                if user.kind == "bitcast":
+                    names.append(user.name)
+                elif user.kind in SLICES and places == [0]:
+                    total += sum(s.size for s in user.shapes)
+                elif user.kind == "dynamic-update-slice" and places == [0]:
+                    continue
+                elif user.kind == "fusion" and user.called:
+                    total += sum(self._read(user.called[0], i, size) for i in places)
+                else:
+                    return size
+        return min(total, size)
+
+    def _written(self, body: Computation, op: Op) -> float:
+        """Bytes that a fusion writes; an array that is changed in place, what is changed."""
+        roots = [o for o in body.values() if o.root]
+        if not roots:
+            return sum(s.traffic for s in op.shapes)
+        ends = roots[0].operands if roots[0].kind == "tuple" else [roots[0].name]
+        total = 0.0
+        for end, shape in zip(ends, op.shapes, strict=False):
+            last = body.get(end)
+            while last is not None and last.kind == "bitcast":
+                last = body.get(last.operands[0])
+            if last is not None and last.kind == "dynamic-update-slice" and not shape.on_chip:
+                update = body.get(last.operands[1])
+                total += sum(s.size for s in update.shapes) if update else shape.traffic
+            else:
+                total += shape.traffic
+        return total
