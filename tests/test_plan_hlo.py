@@ -1,0 +1,211 @@
+"""What is read from HLO, against arithmetic: compiled programs, and lines as TPUs and GPUs have
+them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+import small_models
+
+from medmoe_jax import flops, layout, optim, sharding, step
+from medmoe_jax.config import MeshConfig, OptimConfig, RunConfig
+from medmoe_jax.plan import hlo
+
+
+def compiled(fn: Any, *shapes: tuple[int, ...]) -> hlo.Work:
+    """The work of `fn` on float32 arrays."""
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return hlo.work(jax.jit(fn).lower(*arguments).compile().as_text())
+
+
+def test_loops_count_as_often_as_they_run() -> None:
+    """A scan of 5 products within a scan of 3; the weights of each round are read once."""
+
+    def outer(x: Any, weights: Any) -> Any:
+        def body(x: Any, _: Any) -> tuple[Any, None]:
+            return jax.lax.scan(lambda y, w: (jnp.tanh(y @ w), None), x, weights)[0], None
+
+        return jax.lax.scan(body, x, None, length=3)[0]
+
+    found = compiled(outer, (64, 128), (5, 128, 128))
+    assert found.flops == 3 * 5 * 2 * 64 * 128 * 128
+    assert found.endless == 0 and not found.collectives and not found.kernels
+    # The products read 5 matrices in each of 3 rounds and 15 times an activation.
+    least = 15 * 4 * (128 * 128 + 2 * 64 * 128)
+    assert least <= found.traffic <= 3 * least
+
+
+def test_batched_products_and_elementwise_work() -> None:
+    found = compiled(lambda a, b: jnp.einsum("bij,bkj->bik", a, b) + 1, (7, 24, 40), (7, 56, 40))
+    assert found.flops == 2 * 7 * 24 * 56 * 40
+    assert compiled(lambda a: a * 2 + 1, (1000, 1000)).traffic == 2 * 4e6
+
+
+def test_branches_and_loops_of_unknown_length() -> None:
+    def branch(x: Any, w: Any) -> Any:
+        some = [lambda y: y, lambda y: y @ w, lambda y: y @ w @ w]
+        return jax.lax.switch(x[0, 0].astype(int), some, x)
+
+    assert compiled(branch, (64, 128), (128, 128)).flops == 2 * 2 * 64 * 128 * 128
+
+    def loop(x: Any, w: Any) -> Any:
+        return jax.lax.while_loop(lambda y: y.sum() < 1, lambda y: y @ w, x)
+
+    found = compiled(loop, (64, 128), (128, 128))
+    assert found.endless == 1 and found.flops == 2 * 64 * 128 * 128
+
+
+def test_a_step_is_its_model_flops() -> None:
+    """XLA's products of a dense step are those of `flops.costs`, with the whole square of
+    attention, which the CPU computes."""
+    model = small_models.config("stablelm", layers=2)
+    cfg = RunConfig(
+        model=model, train=("projector/.*", "llm/.*"), compute_dtype="float32",
+        frozen_dtype="float32", remat="none", loss_chunk=0, optim=OptimConfig(batch_size=3),
+    )  # fmt: skip
+    mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+    label = optim.labels(list(layout.shapes(cfg)), cfg.train)
+    tx = optim.make(cfg.optim, 10, label)
+    train, frozen = layout.abstract_weights(cfg, label, mesh)
+    state = layout.abstract_state(tx, train, frozen, mesh)
+    batch = layout.abstract_batch(cfg, mesh, length=20, images=1)
+    program = step.make_step(cfg, model, tx, state).lower(state, frozen, batch).compile()
+    unit = flops.costs(cfg, model, label)
+    want = unit.token * 3 * 20 + unit.pair * 3 * 20 * 20 + unit.image * 3
+    assert hlo.work(program.as_text()).flops == pytest.approx(want, rel=0.02)
+
+
+def module(*lines: str, computations: str = "", partitions: int = 8) -> str:
+    """A module whose first computation has these lines."""
+    body = "\n".join(f"  {line}" for line in lines)
+    return (
+        f"HloModule m, num_partitions={partitions}\n\n{computations}\n"
+        f"ENTRY %main (p: f32[1]) -> f32[1] {{\n{body}\n}}\n"
+    )
+
+
+X = "%x = f32[16,100]{1,0:T(8,128)} parameter(0)"  # 6,400 bytes
+
+
+@pytest.mark.parametrize(
+    ("line", "kind", "sent"),
+    [
+        ("f32[64,100] all-gather(%x), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}",
+         "all-gather", 3 * 6400),
+        ("f32[32,100] all-gather(%x), replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}",
+         "all-gather", 6400),
+        ("f32[128,100] all-gather(%x), replica_groups=mesh['a'=2,'b'=4] {'a','b'}, dimensions={0}",
+         "all-gather", 7 * 6400),
+        ("(f32[16,100], f32[64,100]) all-gather-start(%x), replica_groups=mesh['a'=2,'b'=4] {'b'}",
+         "all-gather", 3 * 6400),
+        ("f32[16,100] all-reduce(%x), replica_groups={}, to_apply=%add",
+         "all-reduce", 2 * 7 / 8 * 6400),
+        ("f32[4,100] reduce-scatter(%x), replica_groups=[2,4]<=[8], dimensions={0}, to_apply=%add",
+         "reduce-scatter", 3 / 4 * 6400),
+        ("f32[16,100] all-to-all(%x), replica_groups=[4,2]<=[8], dimensions={0}",
+         "all-to-all", 1 / 2 * 6400),
+        ("f32[16,100] collective-permute(%x), source_target_pairs={{0,1},{1,0}}",
+         "collective-permute", 6400),
+    ],
+)  # fmt: skip
+def test_bytes_that_a_device_sends(line: str, kind: str, sent: float) -> None:
+    """n - 1 of n parts in a ring; a sum is scattered and gathered."""
+    found = hlo.work(module(X, f"ROOT %y = {line}")).collectives
+    assert set(found) == {kind}
+    assert found[kind].count == 1 and found[kind].sent == pytest.approx(sent)
+
+
+def test_devices_that_are_alone_send_nothing() -> None:
+    line = "ROOT %y = f32[16,100] all-reduce(%x), replica_groups={{0},{1}}, to_apply=%add"
+    assert not hlo.work(module(X, line)).collectives
+
+
+def test_a_collective_behind_products_counts_once() -> None:
+    """A TPU writes it into the fusion that starts it, into that beside it and into the last."""
+    gather = (
+        "  %g = f32[64,100] all-gather(%q), channel_id=7, replica_groups=[2,4]<=[8], dimensions={0}"
+    )
+    start = '  ROOT %c = u32[] custom-call(%g), custom_call_target="AsyncCollectiveStart"'
+    head = "(q: f32[16,100]) -> f32[64,100] {\n  %q = f32[16,100] parameter(0)\n"
+    parts = f"%first {head}{gather}\n{start}\n}}\n\n"
+    parts += "".join(f"%{name} {head}{gather}\n}}\n\n" for name in ("beside", "last"))
+    lines = [f"%{n} = f32[64,100] fusion(%x), kind=kCustom, calls=%{n}"
+             for n in ("first", "beside", "last")]  # fmt: skip
+    found = hlo.work(module(X, *lines, computations=parts)).collectives
+    assert found["all-gather"].count == 1 and found["all-gather"].sent == 3 * 6400
+
+
+@pytest.mark.parametrize(
+    ("shapes", "line", "want"),
+    [
+        # x[32, 64] w[64, 48] as TPUs write it
+        ("f32[32,64] f32[64,48]", "f32[32,48] convolution(%a, %b), dim_labels=bf_io->bf",
+         2 * 32 * 64 * 48),
+        # a batch of 6 products [8, 16] x [8, 24] over 8, the batch a window with holes
+        ("f32[6,8,16] f32[6,8,24]",
+         "f32[6,16,24] convolution(%a, %b), window={size=6 stride=5 lhs_dilate=6}, "
+         "dim_labels=0fb_0io->0bf", 2 * 6 * 8 * 16 * 24),
+        # 3 x 3 on 10 x 10 with a border: at the rim the window hits nothing
+        ("f32[2,10,10,4] f32[3,3,4,5]",
+         "f32[2,10,10,5] convolution(%a, %b), window={size=3x3 pad=1_1x1_1}, "
+         "dim_labels=b01f_01io->b01f", 2 * 2 * 4 * 5 * 28 * 28),
+        # patches of 7 x 7
+        ("f32[2,14,14,3] f32[7,7,3,8]",
+         "f32[2,2,2,8] convolution(%a, %b), window={size=7x7 stride=7x7}, "
+         "dim_labels=b01f_01io->b01f", 2 * 2 * 2 * 2 * 8 * 7 * 7 * 3),
+        ("f32[32,64] f32[64,48]",
+         '(f32[32,48], s8[99]) custom-call(%a, %b), custom_call_target="__cublas$gemm", '
+         'backend_config={"gemm_backend_config":{"dot_dimension_numbers":{'
+         '"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}',
+         2 * 32 * 64 * 48),
+        ("bf16[2,128,4,64] bf16[2,128,4,64]",
+         '(bf16[2,4,128,64], u8[0]) custom-call(%a, %b, %b), custom_call_target='
+         '"__cudnn$fmhaSoftmax", backend_config={"cudnn_fmha_backend_config":{"mask_type":'
+         '"CAUSAL","intermediate_tensor_shape":{"element_type":"BF16","dimensions":'
+         '["2","4","128","128"]}}}', 2 * 2 * (2 * 4 * 128 * 128 * 64) / 2),
+        ("bf16[9,9] bf16[9,9]",
+         'bf16[9,9] custom-call(%a, %b), custom_call_target="tpu_custom_call", backend_config={'
+         '"custom_call_config":{"cost_estimate":{"flops":"1234","transcendentals":"0"}}}', 1234),
+    ],
+)  # fmt: skip
+def test_products_of_other_backends(shapes: str, line: str, want: float) -> None:
+    a, b = shapes.split()
+    given = (f"%a = {a} parameter(0)", f"%b = {b} parameter(1)")
+    found = hlo.work(module(*given, f"ROOT %y = {line}"))
+    assert found.flops == want and not found.kernels
+
+
+def test_kernels_that_do_not_say_what_they_compute_are_named() -> None:
+    body = "%b (q: s32[]) -> s32[] {\n  %q = s32[] parameter(0)\n  %k = f32[2] custom-call(%q), "
+    body += 'custom_call_target="tpu_custom_call", backend_config={}\n}\n'
+    loop = (
+        '%w = s32[] while(%x), condition=%c, body=%b, backend_config={"known_trip_count":{"n":"6"}}'
+    )
+    found = hlo.work(module("%x = s32[] parameter(0)", loop, computations=body))
+    assert found.kernels == {"tpu_custom_call": 6} and found.flops == 0
+
+
+def test_memory_on_the_chip_is_no_traffic() -> None:
+    """S(1) is a TPU's vector memory."""
+    line = "ROOT %y = f32[16,100]{1,0:T(8,128)S(1)} negate(%x)"
+    assert hlo.work(module(X, line)).traffic == 6400
+
+
+def test_slices_move_what_they_take() -> None:
+    """Of a stack of weights one layer is read, and one gradient is written into its stack."""
+    head = "(p: f32[8,16,100], i: s32[]) -> f32[16,100] {\n  %p = f32[8,16,100] parameter(0)\n"
+    read = head + "  %i = s32[] parameter(1)\n  ROOT %s = f32[1,16,100] dynamic-slice(%p, %i)\n}\n"
+    write = (
+        head.replace("i: s32[]", "u: f32[1,16,100]")
+        + "  %u = f32[1,16,100] parameter(1)\n  %i = s32[] constant(0)\n"
+        + "  ROOT %s = f32[8,16,100] dynamic-update-slice(%p, %u, %i)\n}\n"
+    )
+    stack, one = "%x = f32[8,16,100] parameter(0)", "%u = f32[1,16,100] parameter(1)"
+    line = "%y = f32[1,16,100] fusion(%x, %i), kind=kLoop, calls=%f"
+    found = hlo.work(module(stack, "%i = s32[] parameter(1)", line, computations="%f " + read))
+    assert found.traffic == pytest.approx(2 * 6400, abs=8)
+    line = "%y = f32[8,16,100] fusion(%x, %u), kind=kLoop, calls=%f"
+    assert hlo.work(module(stack, one, line, computations="%f " + write)).traffic == 2 * 6400
