@@ -34,6 +34,8 @@ ALLOWED = {
     r"convert(\..*)?": r"config|checkpoint|convert(\..*)?",
     r"router|step|info": r"config|losses|optim|models\..*",
     r"flops": r"config|optim",
+    r"plan(\..*)?": r"config|hardware|flops|layout|optim|sharding|step|generate|models\..*"
+    r"|plan\..*",
     r"layout": r"config|optim|sharding|step|models\..*",
     r"generate|beam": r"config|losses|sampling|generate|models\..*",
     r"responder|conversation": r"config|sampling|generate|beam|responder|data\..*",

@@ -110,9 +110,9 @@ def _memory(program: Program) -> dict[str, float]:
         "temporaries": float(stats["temporaries"]),
         "code": float(stats["code"]),
     }
-    return found | {
-        "peak": stats["arguments"] + found["outputs"] + stats["temporaries"] + stats["code"]
-    }
+    # What a program does not read lies on the device all the same.
+    total = sum(program.arguments.values()) + sum(found.values())
+    return found | {"peak": total}
 
 
 def to_json(result: Plan, versions: dict[str, str], command: str) -> dict[str, Any]:
