@@ -172,4 +172,8 @@ def abstract_batch(
     }
     found["images"] = jax.ShapeDtypeStruct((rows, images, side, side, 3), jnp.uint8, sharding=place)
     found["modality"] = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=place)
+    if cfg.data.batching == "pack":  # with a sample for each image
+        for name in ("segments", "positions"):
+            found[name] = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=place)
+        found["modality"] = jax.ShapeDtypeStruct((rows, images), jnp.int32, sharding=place)
     return found
