@@ -38,8 +38,28 @@ def licences(folder: Path) -> list[Licence]:
     Raises:
       DataError: the summary cannot be read; licences must not get lost.
     """
+    try:
+        return [Licence(**found) for found in _summary(folder)["licences"]]
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{folder / SUMMARY} names no licences: {error!r}") from error
+
+
+def train_agrees(folder: Path) -> bool:
+    """Whether the number of train rows in the folder's source was that of a published version.
+
+    Raises:
+      DataError: the summary cannot be read.
+    """
+    published = _summary(folder).get("published") or {}
+    return "train" in published.get("counts", {}) and not published.get("differences")
+
+
+def _summary(folder: Path) -> dict[str, Any]:
     file = folder / SUMMARY
     try:
-        return [Licence(**found) for found in json.loads(file.read_text("utf-8"))["licences"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file} cannot be read, so the licence is unknown: {error!r}") from error
+        found = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} cannot be read, so the licence is unknown: {error}") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{file} is no object")
+    return found

@@ -41,7 +41,6 @@ from medmoe_jax.data.sources import image_names
 NAME = "mix"
 PER_MODALITY = 200  # paper, section 2
 VQA = {"vqa_rad": 1797, "slake": 4919, "path_vqa": 19654}  # rows of train, SLAKE in English
-MIRRORS = {"vqa_rad": 1793, "path_vqa": 19654, "slake": 4919}
 CLASSES = {"pneumoniamnist": 4708, "organcmnist": 12975}
 MORE_CLASSES = {"dermamnist": 7007, "bloodmnist": 11959}
 LAYOUTS = """  prepared folders, in any number; each part of the mixture must be in one of them:
@@ -59,19 +58,10 @@ class Part:
     row: dict[str, Any]
 
 
-def _versions(name: str, *parts: Mapping[str, int]) -> list[Published]:
-    totals = {sum(part.values()): part for part in parts}
-    return [
-        Published(f"{name}: {' + '.join(map(str, part.values()))}", {"train": total})
-        for total, part in totals.items()
-    ]
-
-
 RECIPES = {
-    "stage3": _versions("phase 3, 44K in the paper", VQA | CLASSES, MIRRORS | CLASSES),
-    "scaling": _versions("scaling, 36.7K in the paper", CLASSES | MORE_CLASSES),
+    "stage3": ("phase 3, 44K in the paper", VQA | CLASSES),
+    "scaling": ("the scaling run, 36.7K in the paper", CLASSES | MORE_CLASSES),
 }
-PARTS = {"stage3": (*VQA, *CLASSES), "scaling": (*CLASSES, *MORE_CLASSES)}
 
 
 def read(sources: Sequence[Path], options: argparse.Namespace) -> Opened:
@@ -91,8 +81,9 @@ def read(sources: Sequence[Path], options: argparse.Namespace) -> Opened:
             )
         ]
     else:
-        chosen = _parts(found, PARTS[options.recipe], options)
-        published = RECIPES[options.recipe]
+        title, numbers = RECIPES[options.recipe]
+        chosen = _parts(found, tuple(numbers), options)
+        published = [_expected(title, numbers, chosen)]
     rows = Counter(part.row["source"] for part in chosen)
     used = [folder for folder in sources if any(part.folder == folder for part in chosen)]
     return Opened(
@@ -150,6 +141,16 @@ def _parts(found: Sequence[Part], names: Sequence[str], options: argparse.Namesp
             several = ", ".join(sorted(map(str, places)))
             raise DataError(f"{name} is in several folders ({several}); give one of them")
     return [part for name in names for part in found if part.row["source"] == name]
+
+
+def _expected(title: str, numbers: Mapping[str, int], chosen: Sequence[Part]) -> Published:
+    """Rows that the mixture should have. Of a part whose source was found to be a published version
+    (a mirror, say, or one with a bad row less) those that it has, else those of the original."""
+    have = Counter(part.row["source"] for part in chosen)
+    agree = {part.row["source"] for part in chosen if folders.train_agrees(part.folder)}
+    wanted = {name: have[name] if name in agree else numbers[name] for name in numbers}
+    terms = " + ".join(f"{name} {number}" for name, number in wanted.items())
+    return Published(f"{title}: {terms}", {"train": sum(wanted.values())})
 
 
 def _licences(used: Sequence[Path]) -> list[Licence]:
