@@ -37,7 +37,6 @@ from medmoe_jax.demo.checkpoints import make_tokenizer
 from medmoe_jax.model import Model
 from medmoe_jax.models import layers, medmoe
 
-TEXT = 128  # text tokens of a prompt, beside those of one image
 PARTS = ("prefill", "decode", "predict")
 TOLERANCE = 1e-3  # of scores
 GOALS = {"prefill, batch 1": 1.3, "prefill, batch 8": 1.3, "decode, batch 1": 2.0, "predict": 3.0}
@@ -52,6 +51,8 @@ class Size:
     new: int  # ids of an answer in the decode figures
     questions: int  # of the predict figure
     answer: int  # ids of an answer there
+    text: int = 128  # text tokens of a prompt, beside those of one image
+    experts: int = 4
 
 
 FULL = Size(
@@ -84,7 +85,7 @@ class Sides:
 
     def __init__(self, size: Size, folder: Path, clock: Callable[[], float]):
         self.size, self.clock = size, clock
-        moe = MoeConfig(experts=4, top_k=1, placement="sparse")
+        moe = MoeConfig(experts=size.experts, top_k=1, placement="sparse")
         self.cfg = ModelConfig(vision=size.vision, llm=size.llm, moe=moe).validate()
         make_tokenizer(phantom.texts(0, 200), folder)
         tokenizer = tokens.load_tokenizer(folder, size.llm.family)
@@ -104,10 +105,10 @@ class Sides:
         )
 
     def prompts(self, rows: int) -> tuple[dict[str, np.ndarray], tuple[torch.Tensor, ...]]:
-        """Random prompts of an image and TEXT ids, as each side reads them."""
+        """Random prompts of an image and text ids, as each side reads them."""
         rng, patches = np.random.default_rng(0), self.cfg.vision.patches
         edge = self.cfg.vision.image_size
-        ids = rng.integers(0, self.cfg.llm.vocab, (rows, patches + TEXT), np.int32)
+        ids = rng.integers(0, self.cfg.llm.vocab, (rows, patches + self.size.text), np.int32)
         place = np.full_like(ids, -1)
         place[:, :patches] = np.arange(patches)
         pixels = rng.integers(0, 256, (rows, 1, edge, edge, 3), np.uint8)
@@ -129,7 +130,7 @@ class Sides:
         """Seconds, scores and cache."""
         _, prompt = self.prompts(rows)
         start = self.clock()
-        room = self.cfg.vision.patches + TEXT + self.size.new
+        room = self.cfg.vision.patches + self.size.text + self.size.new
         kept = self.peer.new_cache(cache, room)
         logits = self.peer.prefill(*prompt, kept)
         return self.clock() - start, logits, kept
@@ -279,10 +280,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         size = QUICK if args.quick else replace(FULL, questions=args.questions)
         sides = Sides(size, Path(scratch) / "tokenizer", clock)
-        where = conditions() | {
+        where = conditions(torch.get_num_threads()) | {
             "parameters": sum(p.numel() for p in sides.peer.parameters()),
             "seconds": "CPU" if args.one_thread else "wall",
-            "prompt": f"{sides.cfg.vision.patches} image + {TEXT} text tokens",
+            "prompt": f"{sides.cfg.vision.patches} image + {size.text} text tokens",
             "size": asdict(sides.size),
         }
         repeats = 3 if args.quick else args.repeats

@@ -7,13 +7,11 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch
 
 PAUSE = 0.1  # seconds between two timings, in which the other side's threads fall asleep
 QUIET = 0.05  # share of the CPU that other processes may take in a round
@@ -115,8 +113,11 @@ class Watch:
         return busy - time.process_time()
 
 
-def conditions() -> dict[str, Any]:
-    """Machine, versions and command."""
+PACKAGES = ("medmoe_jax", "jax", "torch", "transformers", "numpy")
+
+
+def conditions(threads: int, packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
+    """Machine, versions of `packages` and command; `threads` of a side."""
     cpu = next(
         (
             line.split(":")[1].strip()
@@ -129,12 +130,10 @@ def conditions() -> dict[str, Any]:
         "command": " ".join(["python", *sys.argv]),
         "cpu": f"{cpu}, {os.cpu_count()} cores",
         "load": [round(x, 2) for x in os.getloadavg()],
-        "threads": torch.get_num_threads(),
+        "threads": threads,
         "dtype": "float32",
         "python": platform.python_version(),
-        "versions": {
-            name: version(name) for name in ("medmoe_jax", "jax", "torch", "transformers", "numpy")
-        },
+        "versions": {name: version(name) for name in packages},
     }
 
 

@@ -1,9 +1,10 @@
-"""The PyTorch side of `generation.py`: Hugging Face modules with the weights of our model.
+"""The PyTorch side of the benchmarks: Hugging Face modules with the weights of our model.
 
 Decoder layers, attention (SDPA), norms, rotary embedding, KV cache and CLIP are those of
 `transformers`; the MoE layer sorts the tokens by expert and runs each chosen expert once, on its
-own tokens. Of CLIP only the layers below the selected feature are run, and the output layer sees
-the last position only, as on our side.
+own tokens (`Moe`), or does what the official code does (`OfficialMoe`). Of CLIP only the layers
+below the selected feature are run, and a prompt's output layer sees the last position only, as on
+our side.
 """
 
 from __future__ import annotations
@@ -53,10 +54,34 @@ class Moe(nn.Module):
         return (weight * routed + self.meta(rows)).view_as(x)
 
 
-class Peer(nn.Module):
-    """CLIP, projector and language model in float32, without gradients."""
+class OfficialMoe(Moe):
+    """The same sum the official way: one-hot products into and out of padded buffers.
 
-    def __init__(self, cfg: ModelConfig):
+    Every expert runs on a buffer as long as the longest group, so that no token is dropped.
+
+    Source: DeepSpeed `top1gating` and `MOELayer.forward`, which the official code calls with
+    drop_tokens=False. Its random order of the tokens is left out: it changes no result.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """f32[B, T, D] -> f32[B, T, D]."""
+        rows, n = x.flatten(0, 1), len(self.experts)
+        gates = self.gate(rows).softmax(-1)
+        chosen = nn.functional.one_hot(gates.argmax(-1), n)
+        place = ((chosen.cumsum(0) - 1) * chosen).sum(-1)
+        capacity = int(chosen.sum(0).max())
+        spot = nn.functional.one_hot(place, capacity).type_as(x)
+        combine = torch.einsum("se,sc->sec", gates * chosen, spot)
+        buffers = torch.einsum("sec,sd->ecd", combine.bool().type_as(x), rows)
+        out = torch.stack([f(b) for f, b in zip(self.experts, buffers, strict=True)])
+        routed = torch.einsum("sec,ecd->sd", combine, out)
+        return (routed + self.meta(rows)).view_as(x)
+
+
+class Peer(nn.Module):
+    """CLIP, projector and language model in float32; no parameter has a gradient at first."""
+
+    def __init__(self, cfg: ModelConfig, moe_layer: type[Moe] = Moe):
         """Raises ValueError for a model that the peer has no modules for."""
         super().__init__()
         llm, vision, moe = cfg.llm, cfg.vision, cfg.moe
@@ -83,7 +108,7 @@ class Peer(nn.Module):
         self.llm = StableLmForCausalLM(config)
         for i in cfg.moe_layers:
             assert moe is not None
-            self.llm.model.layers[i].mlp = Moe(config, moe.experts)
+            self.llm.model.layers[i].mlp = moe_layer(config, moe.experts)
         self.clip = CLIPVisionModel(
             CLIPVisionConfig(
                 hidden_size=vision.width,
@@ -106,9 +131,9 @@ class Peer(nn.Module):
         self.requires_grad_(False).eval()
 
     @classmethod
-    def filled(cls, cfg: ModelConfig, params: dict[str, Any]) -> Peer:
+    def filled(cls, cfg: ModelConfig, params: dict[str, Any], moe_layer: type[Moe] = Moe) -> Peer:
         """The peer of `cfg` with the weights of our parameter tree (stacked, host arrays)."""
-        peer = cls(cfg)
+        peer = cls(cfg, moe_layer)
         state = {}
         for row in table(cfg):
             leaf: Any = params
@@ -131,6 +156,35 @@ class Peer(nn.Module):
             return StaticCache(config=config, max_cache_len=length)
         return DynamicCache(config=config)
 
+    def experts(self) -> list[nn.Parameter]:
+        """The parameters of all experts and meta experts."""
+        layers = [x.mlp for x in self.llm.model.layers if isinstance(x.mlp, Moe)]
+        return [p for x in layers for m in (x.experts, x.meta) for p in m.parameters()]
+
+    def _embed(self, before: Tensor, images: Tensor, after: Tensor) -> Tensor:
+        """[B, T0 + I + T1, D] of one image a row between two texts, see `prefill`."""
+        pixels = (images.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
+        features = self.clip(pixels).last_hidden_state[:, 1:]
+        embed = self.llm.model.embed_tokens
+        return torch.cat([embed(before), self.projector(features), embed(after)], 1)
+
+    def loss(self, images: Tensor, text: Tensor, labels: Tensor) -> Tensor:
+        """Mean next-token loss behind one image a row.
+
+        Args:
+          images: u8[B, H, W, 3].
+          text: i64[B, T1].
+          labels: i64[B, I + T1], -100 where there is nothing to learn.
+
+        Returns:
+          f32[].
+        """
+        with torch.no_grad():
+            embeds = self._embed(text[:, :0], images, text)
+        hidden = self.llm.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        logits = self.llm.lm_head(hidden[:, :-1])
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+
     def _step(self, embeds: Tensor, cache: Cache) -> Tensor:
         out = self.llm.model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
         return self.llm.lm_head(out.last_hidden_state[:, -1])
@@ -148,11 +202,7 @@ class Peer(nn.Module):
         Returns:
           f32[B, V], scores of the next id.
         """
-        pixels = (images.permute(0, 3, 1, 2).float() / 255 - self.mean) / self.std
-        features = self.clip(pixels).last_hidden_state[:, 1:]
-        embed = self.llm.model.embed_tokens
-        parts = [embed(before), self.projector(features), embed(after)]
-        return self._step(torch.cat(parts, 1), cache)
+        return self._step(self._embed(before, images, after), cache)
 
     @torch.inference_mode()
     def decode(self, logits: Tensor, cache: Cache, new: int, eos: int | None = None) -> Tensor:

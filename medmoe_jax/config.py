@@ -333,6 +333,7 @@ class RunConfig:
     remat: str = "full"  # none | dots | full: what the backward pass recomputes
     loss_chunk: int = 512  # places of a row whose logits exist at once; 0 = all
     seed: int = 0
+    compilation_cache: str = ""  # folder that keeps compiled programs between runs; "" = none
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)

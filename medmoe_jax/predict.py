@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from medmoe_jax import compilation
 from medmoe_jax import model as loaded
 from medmoe_jax.config import ConfigError
 from medmoe_jax.data import images, questions
@@ -190,6 +191,7 @@ def predict(args: argparse.Namespace) -> int:
     Returns the number of questions that could not be answered.
     """
     view = flags.view(args)
+    compilation.keep(args.compilation_cache)
     if args.batch_size < 1:
         raise ConfigError(f"--batch-size is {args.batch_size}; it must be 1 or more")
     asked = questions.read_questions(args.question_file)
@@ -206,7 +208,7 @@ def predict(args: argparse.Namespace) -> int:
         stop=tuple(args.stop),
         seed=args.seed,
     )
-    free = ("answers_file", "batch_size")  # may differ when a run goes on
+    free = ("answers_file", "batch_size", "compilation_cache")  # may differ when a run goes on
     settings = {k: str(v) for k, v in sorted(vars(args).items()) if k not in free}
     settings["content"] = f"{zlib.crc32(args.question_file.read_bytes()):08x}"  # of the questions
     progress = Progress(args.answers_file, settings)
@@ -289,6 +291,8 @@ def arguments() -> argparse.ArgumentParser:
     add("--score-options", action="store_true", help="weigh the options of rows that have them")
     add("--bits", type=int, choices=(0, 4, 8), default=0, help="size of the weights; 0 = as saved")
     add("--dtype", default="", help="default: float32 on a CPU, bfloat16 elsewhere")
+    cache = "folder that keeps compiled programs between runs"
+    add("--compilation-cache", default="", metavar="DIR", help=cache)
     flags.add_view(parser)
     return parser
 

@@ -132,15 +132,20 @@ def make_step(
         pieces = jax.tree.map(lambda x: dealt(x, parts), batch)
         keys = jax.random.split(jax.random.fold_in(jax.random.key(cfg.seed), state.step), parts)
 
+        def gradient(part: dict[str, Array], key: Array) -> tuple[Flat, Loss]:
+            return jax.grad(micro, has_aux=True)(state.train, frozen, part, key if noisy else None)
+
         def accumulate(grads: Flat, piece: tuple[dict[str, Array], Array]) -> tuple[Flat, Loss]:
-            part, key = piece
-            new, loss = jax.grad(micro, has_aux=True)(
-                state.train, frozen, part, key if noisy else None
-            )
+            new, loss = gradient(*piece)
             return jax.tree.map(jnp.add, grads, new), loss
 
-        zeros = jax.tree.map(jnp.zeros_like, state.train)
-        grads, loss = jax.lax.scan(accumulate, zeros, (pieces, keys))
+        if parts == 1:  # no sum to keep, and no loop around the backward pass
+            part, key = jax.tree.map(lambda x: x[0], (pieces, keys))
+            grads, loss = gradient(part, key)
+            loss = jax.tree.map(lambda x: x[None], loss)
+        else:
+            zeros = jax.tree.map(jnp.zeros_like, state.train)
+            grads, loss = jax.lax.scan(accumulate, zeros, (pieces, keys))
         count = jnp.maximum(loss.counts.sum(), 1)
         grads = jax.tree.map(lambda g: g / count, grads)
         train, opt = optim.update(tx, grads, state.opt, state.train, frozen)

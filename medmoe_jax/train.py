@@ -26,6 +26,7 @@ from ml_collections import config_flags
 
 from medmoe_jax import (
     checkpoint,
+    compilation,
     distributed,
     flops,
     layout,
@@ -41,8 +42,9 @@ from medmoe_jax.data import check, images, pipeline, problems, sources, tokens
 from medmoe_jax.report import NotFinite, Reporter, Trace
 from medmoe_jax.validation import Validation
 
-# May differ when a run goes on: how many devices and processes there are.
-FREE = ("mesh", "cluster")
+# May differ when a run goes on: how many devices and processes there are, and where programs are
+# kept.
+FREE = ("mesh", "cluster", "compilation_cache")
 
 
 def say(text: str) -> None:
@@ -257,6 +259,7 @@ def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)
     try:
         distributed.join(flags.FLAGS.config.cluster)
+        compilation.keep(flags.FLAGS.config.compilation_cache)
         train(flags.FLAGS.config, Path(flags.FLAGS.workdir))
     except (
         ConfigError,

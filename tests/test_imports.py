@@ -18,7 +18,7 @@ PACKAGE = "medmoe_jax"
 # not listed sits above and may import everything but the entry points.
 ALLOWED = {
     r"config|hardware|losses|metrics|models\.quantized": r"",
-    r"sharding|distributed|optim|upcycle|presets|checkpoint|sampling": r"config",
+    r"sharding|distributed|compilation|optim|upcycle|presets|checkpoint|sampling": r"config",
     r"models\.layers": r"models\.quantized",
     r"models\.attention": r"models\.layers",
     r"models\.(grouped|products)": r"models\.layers",

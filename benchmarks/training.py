@@ -1,0 +1,266 @@
+"""The stage-3 train step on the CPU beside PyTorch, and how step and prefill grow.
+
+Both sides have the same random weights and train experts and meta experts only. Before anything is
+timed, the losses of STEPS steps must agree to 1e-4. The peers are `torch_peer.Moe`, each expert on
+its own tokens, and `torch_peer.OfficialMoe`, one-hot products over padded buffers.
+
+    python benchmarks/training.py --out runs/benchmark
+    python benchmarks/training.py --sweep --out runs/benchmark
+    python benchmarks/training.py --quick --sweep
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import generation
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax.traverse_util import flatten_dict
+from timing import Figure, alternate, conditions, markdown
+from torch_peer import Moe, OfficialMoe, Peer
+
+from medmoe_jax import flops, optim, step
+from medmoe_jax.config import ModelConfig, MoeConfig, OptimConfig, RunConfig
+
+ROWS = 4  # samples of a step and prompts of a prefill
+LABELLED = 64  # last tokens of a row, those with a label
+STEPS = 4  # whose losses must agree
+TOLERANCE = 1e-4  # of losses
+PEERS = {"train step": (Moe, 1.0), "train step, official way": (OfficialMoe, 1.3)}
+# What grows in the sweep, beside the size that is measured anyway.
+SWEEP = {"text": (64, 320), "experts": (2, 8), "layers": (4, 16)}
+QUICK_SWEEP = {"text": (64,), "experts": (2,), "layers": (4,)}
+PRODUCTS = ((768, 512, 1408), (768, 1408, 512), (1024, 1024, 1024), (2048, 2048, 2048))
+Clock = Callable[[], float]
+
+
+def model_config(size: generation.Size) -> ModelConfig:
+    """Top-1 experts and a meta expert in every second layer."""
+    moe = MoeConfig(experts=size.experts, top_k=1, placement="sparse")
+    return ModelConfig(vision=size.vision, llm=size.llm, moe=moe).validate()
+
+
+def run_config(model: ModelConfig, remat: str) -> RunConfig:
+    """What the paper trains in phase 3, in float32."""
+    return RunConfig(
+        model=model,
+        train=("llm/moe/(experts|meta)/.*",),
+        compute_dtype="float32",
+        frozen_dtype="float32",
+        remat=remat,
+        loss_chunk=0,
+        optim=OptimConfig(lr=1e-4, warmup=0.0, schedule="constant", batch_size=ROWS),
+    )
+
+
+def make_batch(model: ModelConfig, text: int) -> dict[str, np.ndarray]:
+    """ROWS rows of an image and `text` random ids, the last LABELLED with labels."""
+    rng, patches, edge = np.random.default_rng(0), model.vision.patches, model.vision.image_size
+    ids = rng.integers(0, model.llm.vocab, (ROWS, patches + text), np.int32)
+    place = np.full_like(ids, -1)
+    place[:, :patches] = np.arange(patches)
+    learnt = np.arange(patches + text) >= patches + text - LABELLED
+    return {
+        "tokens": ids,
+        "image_pos": place,
+        "labels": np.where(learnt, ids, -100).astype(np.int32),
+        "mask": np.ones_like(ids, bool),
+        "images": rng.integers(0, 256, (ROWS, 1, edge, edge, 3), np.uint8),
+        "modality": np.zeros(ROWS, np.int32),
+    }
+
+
+class Ours:
+    """The step of `medmoe_jax.train`."""
+
+    def __init__(self, run: RunConfig, params: Any, batch: Any, clock: Clock):
+        # Copies: the step writes into the buffers of its state.
+        flat = {k: jnp.array(v) for k, v in flatten_dict(params, sep="/").items()}
+        label = optim.labels(list(flat), run.train)
+        train, self._frozen = optim.split(flat, label)
+        tx = optim.make(run.optim, STEPS, label)
+        self._state = step.State(jnp.zeros((), jnp.int32), train, tx.init(flat))
+        self._step = step.make_step(run, run.model, tx)
+        self._batch, self._clock = jax.tree.map(jnp.asarray, batch), clock
+        self.flops = flops.costs(run, run.model, label).total([batch["tokens"].shape[1]] * ROWS, 4)
+
+    def step(self) -> tuple[float, float]:
+        """Seconds and loss of a step."""
+        start = self._clock()
+        self._state, metrics = self._step(self._state, self._frozen, self._batch)
+        jax.block_until_ready(self._state)
+        return self._clock() - start, float(metrics["loss"])
+
+
+class Theirs:
+    """Forward, backward and fused AdamW of PyTorch."""
+
+    def __init__(self, run: RunConfig, params: Any, batch: Any, clock: Clock, kind: type[Moe]):
+        self._peer, self._clock = Peer.filled(run.model, params, kind), clock
+        trained = [p.requires_grad_() for p in self._peer.experts()]
+        betas = (run.optim.b1, run.optim.b2)
+        self._adamw = torch.optim.AdamW(
+            trained, run.optim.lr, betas, run.optim.eps, weight_decay=0.0, fused=True
+        )
+        text = batch["tokens"][:, run.model.vision.patches :]
+        longs = (torch.from_numpy(a.astype(np.int64)) for a in (text, batch["labels"]))
+        self._batch = (torch.from_numpy(batch["images"][:, 0]), *longs)
+
+    def step(self) -> tuple[float, float]:
+        """Seconds and loss of a step."""
+        start = self._clock()
+        self._adamw.zero_grad(set_to_none=True)
+        loss = self._peer.loss(*self._batch)
+        loss.backward()
+        self._adamw.step()
+        return self._clock() - start, loss.item()
+
+
+def trainers(
+    size: generation.Size, remat: str, clock: Clock, kinds: list[type[Moe]]
+) -> tuple[Ours, list[Theirs]]:
+    """Both sides, ready to be timed.
+
+    Raises:
+      AssertionError: their losses differ.
+    """
+    model = model_config(size)
+    run, params = run_config(model, remat), generation.weights(model, 0)
+    batch = make_batch(model, size.text)
+    ours = Ours(run, params, batch, clock)
+    theirs = [Theirs(run, params, batch, clock, kind) for kind in kinds]
+    losses = [[side.step()[1] for _ in range(STEPS)] for side in (ours, *theirs)]
+    for kind, found in zip(kinds, losses[1:], strict=True):
+        error = float(np.abs(np.subtract(losses[0], found)).max())
+        assert error < TOLERANCE, f"{kind.__name__}: losses differ by {error:.1e}"
+    return ours, theirs
+
+
+def peak_flops(clock: Clock) -> dict[str, float]:
+    """FLOP/s of the fastest plain float32 product of each side."""
+    best = {"jax": 0.0, "torch": 0.0}
+    for m, k, n in PRODUCTS:
+        rng = np.random.default_rng(0)
+        a, b = (rng.normal(size=s).astype(np.float32) for s in ((m, k), (k, n)))
+        x, y, s, t = jnp.asarray(a), jnp.asarray(b), torch.from_numpy(a), torch.from_numpy(b)
+        product = jax.jit(jnp.matmul)
+        sides: dict[str, Callable[[], Any]] = {
+            "jax": lambda f=product, x=x, y=y: f(x, y).block_until_ready(),
+            "torch": lambda s=s, t=t: s @ t,
+        }
+        for name, run in sides.items():
+            run()
+            seconds = []
+            for _ in range(10):
+                start = clock()
+                run()
+                seconds.append(clock() - start)
+            best[name] = max(best[name], 2 * m * k * n / statistics.median(seconds))
+    return best
+
+
+def grown(size: generation.Size, field: str, value: int) -> generation.Size:
+    """`size` with another number of text tokens, experts or layers."""
+    if field == "layers":
+        return replace(size, llm=replace(size.llm, layers=value))
+    return replace(size, **{field: value})
+
+
+def measure(args: argparse.Namespace, clock: Clock) -> tuple[list[Figure], dict[str, Any]]:
+    """The figures, printed one by one, and the FLOPs behind them."""
+    size, repeats = (generation.QUICK, 3) if args.quick else (generation.FULL, args.repeats)
+    figures: list[Figure] = []
+
+    def add(name: str, ours: Any, theirs: Any, goal: float | None = None) -> None:
+        ours(), theirs()
+        found = alternate(lambda: ours()[0], lambda: theirs()[0], repeats, args.patience)
+        figures.append(Figure(name, "ms", ROWS, *found, goal))
+        print("  ".join(figures[-1].cells()), file=sys.stderr, flush=True)
+
+    def add_prefill(name: str, size: generation.Size) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            sides = generation.Sides(size, Path(scratch), clock)
+            generation.check(sides, ROWS)
+            theirs = partial(sides.torch_prefill, ROWS, sides.cache)
+            add(name, partial(sides.jax_prefill, ROWS), theirs)
+
+    ours, theirs = trainers(size, args.remat, clock, [kind for kind, _ in PEERS.values()])
+    for (name, (_, goal)), side in zip(PEERS.items(), theirs, strict=True):
+        add(name, ours.step, side.step, goal)
+    peak, speed = peak_flops(clock), {}
+    for name in ("jax", "torch"):
+        speed[name] = ours.flops / statistics.median(getattr(figures[0], name))
+    work = {"step_flops": ours.flops, "flops_a_second": speed, "peak_flops_a_second": peak}
+    del ours, theirs
+    if args.sweep:
+        add_prefill("prefill", size)
+        for field, values in (QUICK_SWEEP if args.quick else SWEEP).items():
+            for value in values:
+                larger, what = grown(size, field, value), f"{value} {field}"
+                ours, theirs = trainers(larger, args.remat, clock, [Moe])
+                add(f"train step, {what}", ours.step, theirs[0].step)
+                del ours, theirs
+                add_prefill(f"prefill, {what}", larger)
+    return figures, work
+
+
+def limit(work: dict[str, Any]) -> str:
+    """What the step reaches of the fastest matrix product that either side has."""
+    top = max(work["peak_flops_a_second"].values())
+    shares = (f"{n} {v / top:.0%}" for n, v in work["flops_a_second"].items())
+    return (
+        f"A step takes {work['step_flops'] / 1e9:.0f} GFLOP of model products; the fastest product "
+        f"here runs at {top / 1e9:.0f} GFLOP/s, of which the steps reach: {', '.join(shares)}.\n"
+    )
+
+
+def main() -> None:
+    """Measures, prints the table and writes it."""
+    parser = argparse.ArgumentParser(description="Training on the CPU beside PyTorch.")
+    add = parser.add_argument
+    add("--quick", action="store_true", help="a tiny model: does it run at all?")
+    add("--sweep", action="store_true", help="also with more and fewer tokens, experts, layers")
+    add("--remat", default="dots", help="what our backward pass recomputes: none, dots, full")
+    add("--repeats", type=int, default=7, help="timed runs of each side")
+    add("--one-thread", action="store_true", help="CPU time on one core")
+    wait = "seconds for each figure to wait for quiet moments of the machine"
+    add("--patience", type=float, default=0.0, help=wait)
+    add("--out", type=Path, help="folder for training.md and training.json")
+    args = parser.parse_args()
+    if args.one_thread:
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # before JAX counts the cores
+    threads = 1 if args.one_thread else 2
+    torch.set_num_threads(threads)
+    clock = time.process_time if args.one_thread else time.perf_counter
+    where = conditions(threads) | {
+        "seconds": "CPU" if args.one_thread else "wall",
+        "rows": ROWS,
+        "size": asdict(generation.QUICK if args.quick else generation.FULL),
+    }
+    figures, work = measure(args, clock)
+    text = f"{markdown(figures, where)}\n{limit(work)}"
+    print(text)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "training.md").write_text(text)
+        table = [asdict(f) | {"ratio": f.ratio, "quartiles": f.spread} for f in figures]
+        data = {"conditions": where, "figures": table, "work": work}
+        (args.out / "training.json").write_text(json.dumps(data, indent=2))
+
+
+if __name__ == "__main__":
+    main()
