@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,9 @@ def _table(file: Path) -> Iterator[tuple[int, Any]]:
                     row[FAULT] = f"{line} has {len(cells)} cells, the header has {len(columns)}"
                 yield place, row | dict(zip(columns, cells, strict=False))
                 place += 1
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except csv.Error as error:
+        raise DataError(f"{file} line {reader.line_num} cannot be read: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read: {error}") from error
 
 
@@ -207,9 +210,11 @@ def read(sources: Sequence[Path], options: argparse.Namespace) -> Opened:
     for file in files:
         for _, row in _rows(file):
             total += 1
-            if isinstance(row, dict) and FAULT not in row:
+            if not isinstance(row, dict) or FAULT in row:
+                continue
+            unused |= set(row) - set(KNOWN) - {LINE}
+            with suppress(DataError):  # told when the row itself is read
                 names += _several(row, "image")
-                unused |= set(row) - set(KNOWN) - {LINE}
     folder = None
     if names:
         home = sources[0] if sources[0].is_dir() else sources[0].parent

@@ -71,7 +71,10 @@ def image_folder(source: Path, names: Collection[str], given: Path | None) -> Pa
         if not given.is_dir():
             raise DataError(f"--images {given} is no folder")
         return given
-    tried = list(islice(dict.fromkeys(name for name in names if name), TRIED))
+    inside = (n for n in names if n and not Path(n).is_absolute() and ".." not in Path(n).parts)
+    tried = list(islice(dict.fromkeys(inside), TRIED))
+    if not any(names):
+        return source if source.is_dir() else source.parent
 
     def hits(folder: Path) -> int:
         return sum((folder / name).is_file() for name in tried)

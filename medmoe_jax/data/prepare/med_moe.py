@@ -80,7 +80,9 @@ def read(sources: Sequence[Path], options: argparse.Namespace) -> Opened:
     if not found:
         raise layouts.unknown(sources[0], f"JSON lists with `conversations`\n{LAYOUTS}")
     objects = [row for _, _, rows in found for row in rows if isinstance(row, dict)]
-    names = [row["image"] for row in objects if isinstance(row.get("image"), str)]
+    images = [row.get("image") for row in objects]
+    names = [n for one in images for n in (one if isinstance(one, list) else [one])]
+    names = [name for name in names if isinstance(name, str)]
     home = sources[0] if sources[0].is_dir() else sources[0].parent
     folder = layouts.image_folder(home, names, options.images)
     total = sum(len(rows) for _, _, rows in found)

@@ -55,9 +55,12 @@ def _modality(reading: Reading, row: dict[str, Any]) -> str:
 def _answer(row: dict[str, Any]) -> Any:
     """The answer with the highest score; `label` is {answer: score} in the VQA pickles."""
     label = row.get("label", row.get("answer"))
-    if isinstance(label, dict):
+    if not isinstance(label, dict):
+        return label
+    try:
         return max(label, key=label.__getitem__) if label else None
-    return label
+    except TypeError as error:
+        raise DataError(f"label {label!r} must be answers with their scores") from error
 
 
 def _picture(folder: Path, split: str, name: str) -> Picture:

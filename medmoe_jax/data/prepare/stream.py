@@ -41,5 +41,5 @@ def events(
             if not isinstance(row, dict):
                 raise DataError(f"a row must be an object, not {type(row).__name__}")
             yield make(place, row)
-        except DataError as error:
+        except (ValueError, OSError) as error:  # DataError is a ValueError; odd names are others
             yield Bad(Problem(str(file), place, row_id(row, place, here), str(error)), here)

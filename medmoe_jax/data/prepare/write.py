@@ -156,6 +156,25 @@ def write(
     result.comparison = counts.compare(result.found, opened.published, splits)
     if result.problems:
         write_problems(result.problems, out / "problems.jsonl")
+    try:
+        _judge(result, on_error)
+    except DataError:
+        for name in names:
+            (out / f"{name}.jsonl{PARTIAL}").unlink()
+        raise
+    for name in names:
+        partial = out / f"{name}.jsonl{PARTIAL}"
+        if name == "manifest" or result.rows[name]:
+            partial.replace(out / f"{name}.jsonl")
+        else:
+            partial.unlink()
+    _write_licence(opened.licences, out / "licence.txt")
+    draw_sheet(sample.rows(), out / "images").save(out / "sheet.png")
+    return result
+
+
+def _judge(result: Result, on_error: str) -> None:
+    """Raises DataError where the rows may not be written: see `write`."""
     settle(
         result.problems,
         on_error,
@@ -166,15 +185,6 @@ def write(
     if not result.total:
         left = ", ".join(f"{reason} ({n})" for reason, n in result.left_out.items()) or "no rows"
         raise DataError(f"nothing is left to write: {left}")
-    for name in names:
-        partial = out / f"{name}.jsonl{PARTIAL}"
-        if name == "manifest" or result.rows[name]:
-            partial.replace(out / f"{name}.jsonl")
-        else:
-            partial.unlink()
-    _write_licence(opened.licences, out / "licence.txt")
-    draw_sheet(sample.rows(), out / "images").save(out / "sheet.png")
-    return result
 
 
 def _put(files: Mapping[str, TextIO], row: dict[str, Any]) -> None:
