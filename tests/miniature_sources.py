@@ -150,7 +150,7 @@ def slake_row(qid: int, image: str, question: str, answer: Any, **other: Any) ->
 
 def slake_rows() -> dict[str, list[dict[str, Any]]]:
     """English: 3 + 1 + 2 usable rows and the empty one; Chinese: 2 + 0 + 1."""
-    one, two, three = (f"xmlab{n}/source.jpg" for n in (1, 2, 3))
+    one, two, three, four = (f"xmlab{n}/source.jpg" for n in (1, 2, 3, 4))
     return {
         "train": [
             slake_row(0, one, "What modality is used?", "CT"),
@@ -163,9 +163,9 @@ def slake_rows() -> dict[str, list[dict[str, Any]]]:
         ],
         "validation": [slake_row(10, three, "Which organ?", "Lung", modality="X-Ray")],
         "test": [
-            slake_row(20, three, "Is it an X-ray?", "yes", answer_type="closed", modality="X-Ray"),
-            slake_row(21, three, "图中有什么?", "肺", q_lang="zh", modality="X-Ray"),
-            slake_row(22, three, "Where?", "Chest", q_lang="EN", modality="X-Ray"),
+            slake_row(20, four, "Is it an X-ray?", "yes", answer_type="closed", modality="X-Ray"),
+            slake_row(21, four, "图中有什么?", "肺", q_lang="zh", modality="X-Ray"),
+            slake_row(22, four, "Where?", "Chest", q_lang="EN", modality="X-Ray"),
         ],
     }  # fmt: skip
 
@@ -174,7 +174,7 @@ def slake(folder: Path, zipped_images: bool = False) -> Path:
     """SLAKE as released: three JSON files and imgs/, or imgs.zip."""
     for name, rows in slake_rows().items():
         save_json(folder / f"{name}.json", rows)
-    for n in (1, 2, 3):
+    for n in (1, 2, 3, 4):
         put(folder / "imgs" / f"xmlab{n}" / "source.jpg", picture(n))
         put(folder / "imgs" / f"xmlab{n}" / "mask.png", picture(n + 50, "PNG"))
         save_json(folder / "imgs" / f"xmlab{n}" / "detection.json", [])
