@@ -86,6 +86,7 @@ def test_defects_of_rows_and_images(clean: Path) -> None:
     phantom("pretrain", 1).save(clean / "images" / "really.png", "JPEG")
     phantom("pretrain", 2).resize((12, 12)).save(clean / "images" / "dot.png")
     (clean / "secret.png").write_bytes(good)
+    blank = [{"from": "human", "value": " "}, {"from": "gpt", "value": "yes"}]
     planted = [
         ("unreadable image", row("cut.png")),
         ("unreadable image", row("text.png")),
@@ -94,7 +95,7 @@ def test_defects_of_rows_and_images(clean: Path) -> None:
         ("missing image", row("none.png")),
         ("path leaves the folder", row("../secret.png")),
         ("empty row", row("train1.png", "And this?", "  ")),
-        ("empty row", row("train1.png", " ", "yes", image=None)),
+        ("empty row", {"id": "e", "conversations": blank}),
         ("unusable row", {"id": "x", "image": "train1.png"}),
         ("unknown answer type", row("train2.png", "Where?", answer_type="maybe")),
         ("wrong extension", row("really.png")),
@@ -190,7 +191,9 @@ def test_no_false_alarm_among_phantoms() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(leakage, "SIMILAR", 0.9)
         patch.setattr(leakage, "BLOCK", 50)
-        found = {(i, j) for i, j, _ in leakage.near(hashes, thumbs, np.arange(160) % 3)}
+        found = {
+            (min(i, j), max(i, j)) for i, j, _ in leakage.near(hashes, thumbs, np.arange(160) % 3)
+        }
     expected = set()
     for i in range(160):
         for j in range(i + 1, 160):

@@ -24,6 +24,7 @@ from medmoe_jax.data.check.rows import Row
 DISTANCE = 10  # bits of 64
 SIMILAR = 0.98  # correlation
 BLOCK = 256  # images compared with all others at once; 100 000 others take 0.3 GB
+CHUNK = 1 << 14  # pairs whose thumbnails are compared at once
 
 
 @dataclass(frozen=True)
@@ -55,25 +56,33 @@ def near(
       splits: int[N].
 
     Returns:
-      (i, j, correlation) with i < j.
+      (i, j, correlation), i being of the split with the smaller number.
     """
     values = thumbs.astype(np.float32)
     values -= values.mean(1, keepdims=True)
     norms = np.linalg.norm(values, axis=1)
     values /= np.maximum(norms, 1e-6)[:, None]
     flat = norms < 1  # one grey everywhere: like any other such image, and no evidence
+    order = np.flatnonzero(~flat)
+    order = order[np.argsort(splits[order], kind="stable")]
+    hashes, values, splits = hashes[order], values[order], splits[order]
     found = []
-    for start in range(0, len(hashes), BLOCK):
+    for start in range(0, len(order), BLOCK):
         part = slice(start, start + BLOCK)
-        apart = np.bitwise_count(hashes[part, None] ^ hashes[None, start:])
-        close = (apart <= DISTANCE) & (splits[part, None] != splits[None, start:])
-        close &= ~flat[part, None] & ~flat[None, start:]
-        rows, columns = np.nonzero(np.triu(close, 1))
-        for at in range(0, len(rows), 1 << 16):  # the products of a dense block fit in memory
-            i, j = rows[at : at + (1 << 16)] + start, columns[at : at + (1 << 16)] + start
+        later = int(np.searchsorted(splits, splits[start], side="right"))
+        apart = np.bitwise_count(hashes[part, None] ^ hashes[None, later:])
+        rows, columns = np.nonzero(apart <= DISTANCE)
+        rows, columns = rows + start, columns + later
+        other = splits[rows] < splits[columns]
+        rows, columns = rows[other], columns[other]
+        for at in range(0, len(rows), CHUNK):
+            i, j = rows[at : at + CHUNK], columns[at : at + CHUNK]
             alike = np.einsum("np,np->n", values[i], values[j])
             keep = alike >= SIMILAR
-            found += zip(i[keep].tolist(), j[keep].tolist(), alike[keep].tolist(), strict=True)
+            pairs = zip(
+                order[i[keep]].tolist(), order[j[keep]].tolist(), alike[keep].tolist(), strict=True
+            )
+            found += pairs
     return found
 
 
