@@ -281,20 +281,23 @@ def test_lengths_and_padding(clean: Path) -> None:
     for n in used:
         counts[min(size for size in counts if size >= n)] += 1
     assert found["padding"]["rows"] == {str(size): n for size, n in counts.items()}
-    assert re.search(r"Padding in batches of these buckets: \d+\.\d%", text)
+    assert list(found["padding"]["waste"]) == ["shuffle", "group", "pack"]
+    assert re.search(r"\| group \(configured\) \| \d+\.\d% \|", text)
 
 
 def test_padding_by_hand() -> None:
-    cfg = DataConfig(max_length=100, buckets=(10, 50, 100))
+    cfg = DataConfig(max_length=100, buckets=(10, 50), batching="shuffle")
     some = np.array([10, 10, 10, 10, 0, 101])  # unusable and over-long rows are left out
     found = lengths.padding(some, cfg, 2)
-    assert found["buckets"] == 0 and found["packed"] == pytest.approx(0.6)
-    assert found["rows"] == {10: 4, 50: 0, 100: 0}
-    found = lengths.padding(np.array([11, 60]), cfg, 2)
-    assert found["buckets"] == pytest.approx(1 - 71 / 200)
-    assert found["packed"] == pytest.approx(1 - 71 / 100)
+    assert found["rows"] == {10: 4, 50: 0, 100: 0} and found["batching"] == "shuffle"
+    assert found["waste"] == {"shuffle": 0, "group": 0, "pack": pytest.approx(1 - 40 / 50)}
+    found = lengths.padding(np.array([11, 60]), cfg, 2)["waste"]
+    assert found["shuffle"] == found["group"] == pytest.approx(1 - 71 / 200)
+    assert found["pack"] == pytest.approx(1 - 71 / 100)
     # The best fit: 60 + 40 and 55 + 45 fill two rows.
-    assert lengths.padding(np.array([40, 45, 55, 60]), cfg, 1)["packed"] == pytest.approx(0)
+    found = lengths.padding(np.array([40, 45, 55, 60]), cfg, 2)["waste"]
+    assert found["pack"] == pytest.approx(0)
+    assert lengths.padding(np.array([0, 101]), cfg, 2)["waste"] == {}
 
 
 def test_patients_are_named_by_tag_alone(clean: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -115,12 +115,12 @@ def _length_lines(result: Result, pictures: Sequence[str]) -> list[str]:
     lines[-1] += f"5 % {low:.0f}, median {middle:.0f}, 95 % {high:.0f}, most {known.max()}."
     lines += ["", "![lengths](lengths.png)", ""] if "lengths.png" in pictures else [""]
     if result.padding["rows"]:
-        lines += ["| bucket | rows |", "|---|---|"]
+        lines += ["| batches of up to | rows that fit |", "|---|---|"]
         lines += [f"| {size} | {n} |" for size, n in result.padding["rows"].items()] + [""]
-        lines.append(
-            f"Padding in batches of these buckets: {result.padding['buckets']:.1%}; with several "
-            f"samples packed into a row: {result.padding['packed']:.1%}."
-        )
+        lines += ["| batching | padding |", "|---|---|"]
+        for mode, share in result.padding["waste"].items():
+            chosen = " (configured)" if mode == result.padding["batching"] else ""
+            lines.append(f"| {mode}{chosen} | {share:.1%} |")
     return lines
 
 
