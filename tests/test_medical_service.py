@@ -11,11 +11,16 @@ import numpy as np
 import pytest
 import tiny_data
 import tiny_service
+from PIL import Image
 from test_medical_dicom import FILES, SECRET, ramp, save
 
 import medmoe_jax
-from medmoe_jax.config import MODALITIES, MoeConfig, ViewConfig
-from medmoe_jax.data.images import load_image
+from medmoe_jax.config import MODALITIES, DataConfig, MoeConfig, ViewConfig
+from medmoe_jax.data import images, pipeline, tokens
+from medmoe_jax.data.check import load_samples
+from medmoe_jax.data.images import ImageSpec, load_image, open_image
+from medmoe_jax.data.prepare.pictures import Store
+from medmoe_jax.data.prepare.types import Picture
 from medmoe_jax.responder import mismatch
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -104,3 +109,33 @@ def test_nothing_of_a_patient_is_written(root: Path, tmp_path: Path) -> None:
         "says ultrasound"
         in json.loads((tmp_path / "turns.json").read_text())["turns"][0]["warnings"][0]
     )
+
+
+def test_preparation_renders_the_view(root: Path, tmp_path: Path) -> None:
+    view = ViewConfig(window="lung")
+    with Store(tmp_path, 1, view) as store:
+        picture = Picture("ct", file=root / "images" / "CT.dcm")
+        store.start(picture)
+        name = store.name(picture)
+    with Image.open(tmp_path / name) as made:
+        assert made.format == "PNG" and SECRET.encode() not in (tmp_path / name).read_bytes()
+        expected = open_image(root / "images" / "CT.dcm", view)
+        np.testing.assert_array_equal(np.asarray(made), np.asarray(expected))
+    assert (np.asarray(expected) != np.asarray(open_image(root / "images" / "CT.dcm"))).any()
+
+
+def test_training_reads_the_view(root: Path, tmp_path: Path) -> None:
+    """Through the data config, the check of rows and the pipeline."""
+    talk = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a lung"}]
+    file = tiny_data.save_rows(
+        tmp_path / "a.json", [{"id": 1, "image": "ct", "conversations": talk}]
+    )
+    cfg = DataConfig((str(file),), image_folder=str(root / "images"), max_length=256)
+    cfg.view.window = "lung"
+    tokenizer = tokens.load_tokenizer(root / "model" / "tokenizer", "phi")
+    spec = images.read_image_spec(root / "model" / "preprocessor_config.json", "pad", cfg.view)
+    samples = load_samples(cfg.files, cfg, tokenizer, 4).samples
+    batch = next(iter(pipeline.build(samples, tokenizer, spec, 4, cfg, 1, 0, train=False)))
+    lung = ImageSpec(spec.crop, spec.crop, view=ViewConfig(window="lung"))
+    expected = load_image(root / "images" / "ct", lung)
+    np.testing.assert_array_equal(np.asarray(batch["images"]).reshape(expected.shape), expected)

@@ -11,11 +11,15 @@ line is wrong.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
+from medmoe_jax.config import ViewConfig
+from medmoe_jax.data.medical import flags
 from medmoe_jax.data.prepare import (
     custom,
     llava_med,
@@ -57,7 +61,13 @@ def main(arguments: list[str] | None = None) -> int:
         return _use(options)
     chosen: DataSet = options.data_set
     try:
-        identity = {"name": chosen.name, "source": [str(path.resolve()) for path in options.source]}
+        identity: dict[str, Any] = {
+            "name": chosen.name,
+            "source": [str(path.resolve()) for path in options.source],
+        }
+        view = flags.view(options)
+        if view != ViewConfig():
+            identity["view"] = dataclasses.asdict(view)
         for path in options.source:
             if not path.exists():
                 raise DataError(f"--source {path} does not exist")
@@ -70,6 +80,7 @@ def main(arguments: list[str] | None = None) -> int:
             on_error=options.on_error,
             splits=options.splits,
             progress=True,
+            view=view,
         )
     except (DataError, OSError) as error:
         print(f"prepare {chosen.name}: {error}", file=sys.stderr)
@@ -144,6 +155,7 @@ def _parser() -> argparse.ArgumentParser:
             help="numbers of rows that differ from the published ones are no error",
         )
         data_set.add_arguments(command)
+        flags.add_view(command)
     for name, (tool, title) in TOOLS.items():
         command = commands.add_parser(
             name,

@@ -15,6 +15,7 @@ from types import TracebackType
 
 from PIL import Image
 
+from medmoe_jax.config import ViewConfig
 from medmoe_jax.data import images, medical
 from medmoe_jax.data.prepare.types import Picture
 from medmoe_jax.data.problems import DataError
@@ -34,8 +35,9 @@ SUFFIXES = {
 class Store:
     """The folder of images while it is written; a context manager."""
 
-    def __init__(self, folder: Path, workers: int):
+    def __init__(self, folder: Path, workers: int, view: ViewConfig | None = None):
         self.folder = folder
+        self.view = view or ViewConfig()  # of DICOM and NIfTI files
         self.written = 0
         self.kept = 0  # complete already
         self._pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="picture")
@@ -97,14 +99,14 @@ class Store:
         return name
 
     def _render(self, name: str, file: Path) -> str:
-        """A DICOM or NIfTI file as PNG: its own window, the middle slice."""
+        """A DICOM or NIfTI file as PNG, in the view of this store."""
         path = self.folder / f"{name}.png"
         if path.is_file():
             with self._lock:
                 self.kept += 1
         else:
             content = io.BytesIO()
-            images.open_image(file).save(content, "PNG")
+            images.open_image(file, self.view).save(content, "PNG")
             self._put(path, content.getvalue())
         return f"{name}.png"
 

@@ -25,6 +25,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from medmoe_jax.config import ViewConfig
 from medmoe_jax.data.prepare import counts
 from medmoe_jax.data.prepare.pictures import Store
 from medmoe_jax.data.prepare.sheet import Sample, draw_sheet
@@ -114,6 +115,7 @@ def write(
     on_error: str = "error",
     splits: Sequence[str] = SPLITS,
     progress: bool = False,
+    view: ViewConfig | None = None,
 ) -> Result:
     """Writes images, rows, problems, licence and sheet; `summary.write` does the summary.
 
@@ -124,6 +126,7 @@ def write(
       on_error: 'error' or 'skip', as in `problems.settle`.
       splits: those to write.
       progress: show a bar.
+      view: of DICOM and NIfTI files, which become PNG.
 
     Raises:
       DataError: rows cannot be used (on_error='error'; problems.jsonl is written all the same), or
@@ -136,7 +139,7 @@ def write(
         (out / f"{name}.jsonl").unlink(missing_ok=True)
     (out / "problems.jsonl").unlink(missing_ok=True)
     with ExitStack() as stack:
-        store = stack.enter_context(Store(out / "images", workers))
+        store = stack.enter_context(Store(out / "images", workers, view))
         files = {
             name: stack.enter_context(
                 (out / f"{name}.jsonl{PARTIAL}").open("w", encoding="utf-8", newline="\n")
