@@ -1,7 +1,11 @@
-"""Block sizes of the TPU's kernels for the models' layers."""
+"""Block sizes of the kernels for the models' layers, and what falls back."""
 
 from __future__ import annotations
 
+import logging
+
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from medmoe_jax.models import products
@@ -38,3 +42,15 @@ def test_arithmetic_outweighs_memory(k: int, n: int) -> None:
     _, bk, bn = products.blocks_of_weights(k, n, tile, 2)
     read = 2 * (rows * k * n // bn + rows * n * k // bk + k * n)
     assert 2 * rows * k * n / 197e12 > read / 819e9
+
+
+def test_odd_widths_fall_back_on_a_gpu(caplog: pytest.LogCaptureFixture) -> None:
+    products._say.cache_clear()
+    rows, kernels = jnp.ones((128, 8)), jnp.arange(1.0, 3.0)[:, None, None] * jnp.ones((2, 8, 12))
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            y = products.gpu(rows, kernels, jnp.array([0, 128]), tile=128)
+    np.testing.assert_array_equal(y, np.full((128, 12), 16.0))
+    assert [r.message for r in caplog.records] == [
+        "On a GPU every expert is run on every token: 16 does not divide 8 or 12"
+    ]

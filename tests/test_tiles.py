@@ -15,8 +15,8 @@ from medmoe_jax.models import experts, layers, products, tiles
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-WIDTH, FFN = 128, 136  # a width in whole blocks, and one that ends in a part of a block
-TPU = partial(products.tpu, interpret=True)
+WIDTH, FFN = 128, 144  # a width in whole blocks, and one that ends in a part of a TPU's block
+TPU, GPU = (partial(product, interpret=True) for product in (products.tpu, products.gpu))
 
 
 def chosen(kind: str, tokens: int, n_experts: int, top_k: int) -> Any:
@@ -39,6 +39,8 @@ def chosen(kind: str, tokens: int, n_experts: int, top_k: int) -> Any:
         (products.plain, "stablelm", 129, 3, 2),
         (TPU, "phi", 128, 1, 1),
         (TPU, "phi", 129, 3, 2),
+        (GPU, "phi", 129, 3, 2),
+        pytest.param(GPU, "stablelm", 300, 4, 1, marks=pytest.mark.slow),
         pytest.param(TPU, "stablelm", 300, 4, 1, marks=pytest.mark.slow),
     ],
 )

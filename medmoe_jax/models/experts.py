@@ -59,6 +59,7 @@ def _on_one_device(p: Experts, x: Array, choice: Array, weight: Array, n_experts
         weight,
         cpu=few,
         tpu=partial(_tiled, n_experts=n_experts, product=products.tpu),
+        cuda=partial(_tiled, n_experts=n_experts, product=products.gpu),
         default=partial(_tiled, n_experts=n_experts, product=products.plain),
     )
 

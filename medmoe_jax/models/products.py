@@ -4,14 +4,15 @@ All take rows [R, K] in tiles that belong to one expert each (`tiles.layout`), k
 sizes i32[E], the rows of each expert. Rows behind those of the last expert give zero and cost
 nothing. `R` is a multiple of the tile and so are the sizes.
 
-Source: the TPU kernels are those of `jax.experimental.pallas.ops.tpu.megablox`, with tile sizes of
-our own.
+Source: the TPU kernels are those of `jax.experimental.pallas.ops.tpu.megablox`, with block sizes of
+our own. Those for a GPU are Triton kernels by way of Pallas.
 """
 
 from __future__ import annotations
 
+import logging
 from functools import cache, partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -134,3 +135,132 @@ _tpu.defvjp(_tpu_forward, _tpu_backward)
 def tpu(rows: Array, kernels: Array, sizes: Array, *, tile: int, interpret: bool = False) -> Array:
     """The product on a TPU, and its derivatives: megablox."""
     return _tpu(rows, kernels, sizes, tile, interpret)
+
+
+GPU_TILE = 128  # rows of a block on a GPU: every tile is a multiple of it
+
+
+def _gpu_blocks(k: int, n: int) -> tuple[int, int]:
+    """Block sizes (K, N) on a GPU, powers of two that divide; 0 where there is none."""
+    return tuple(
+        next((size for size in sizes if length % size == 0), 0)
+        for length, sizes in ((k, (64, 32, 16)), (n, (128, 64, 32, 16)))
+    )  # pyright: ignore[reportReturnType]
+
+
+def _gpu_rows(
+    rows: Array, kernels: Array, sizes: Array, interpret: bool, transposed: bool
+) -> Array:
+    """rows @ kernels (or their transposes): a program for each block of the result."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
+    (r, k), n = rows.shape, kernels.shape[1 if transposed else 2]
+    bk, bn = _gpu_blocks(k, n)
+    ends = jnp.cumsum(sizes)
+    first = jnp.arange(0, r, GPU_TILE)
+    owner = (first[:, None] >= ends[None]).sum(-1).astype(jnp.int32)  # E: nobody
+
+    def body(owner_ref: Any, rows_ref: Any, kernels_ref: Any, out_ref: Any) -> None:
+        e = owner_ref[0]
+
+        def add(i: Array, total: Array) -> Array:
+            part = pl.ds(i * bk, bk)
+            kernel = kernels_ref[e, :, part].T if transposed else kernels_ref[e, part, :]
+            return total + triton.dot(rows_ref[:, part], kernel)
+
+        steps = (e < len(kernels)).astype(jnp.int32) * (k // bk)
+        zeros = jnp.zeros((GPU_TILE, bn), jnp.float32)
+        out_ref[...] = jax.lax.fori_loop(0, steps, add, zeros).astype(out_ref.dtype)
+
+    shape = (len(kernels), bn, k) if transposed else (len(kernels), k, bn)
+    place = (lambda i, j: (0, j, 0)) if transposed else (lambda i, j: (0, 0, j))
+    return pl.pallas_call(
+        body,
+        grid=(r // GPU_TILE, n // bn),
+        in_specs=[
+            pl.BlockSpec((1,), lambda i, j: (i,)),
+            pl.BlockSpec((GPU_TILE, k), lambda i, j: (i, 0)),
+            pl.BlockSpec(shape, place),
+        ],
+        out_specs=pl.BlockSpec((GPU_TILE, bn), lambda i, j: (i, j)),
+        out_shape=jax.ShapeDtypeStruct((r, n), rows.dtype),
+        compiler_params=triton.CompilerParams(num_warps=8, num_stages=3),
+        interpret=interpret,
+        name="grouped_product",
+    )(owner, rows, kernels)
+
+
+def _gpu_weights(rows: Array, dy: Array, sizes: Array, dtype: Any, interpret: bool) -> Array:
+    """rows^T @ dy of each expert: a program for each block of the result."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
+    (r, k), n = rows.shape, dy.shape[1]
+    _, bk = _gpu_blocks(k, k)
+    step, bn = _gpu_blocks(GPU_TILE, n)
+    ends = jnp.cumsum(sizes)
+
+    def body(start_ref: Any, end_ref: Any, rows_ref: Any, dy_ref: Any, out_ref: Any) -> None:
+        def add(i: Array, total: Array) -> Array:
+            part = pl.ds(i * step, step)
+            return total + triton.dot(rows_ref[part, :].T, dy_ref[part, :])
+
+        zeros = jnp.zeros((bk, bn), jnp.float32)
+        total = jax.lax.fori_loop(start_ref[0] // step, end_ref[0] // step, add, zeros)
+        out_ref[...] = total.astype(out_ref.dtype)
+
+    return pl.pallas_call(
+        body,
+        grid=(len(sizes), k // bk, n // bn),
+        in_specs=[
+            pl.BlockSpec((1,), lambda e, i, j: (e,)),
+            pl.BlockSpec((1,), lambda e, i, j: (e,)),
+            pl.BlockSpec((r, bk), lambda e, i, j: (0, i)),
+            pl.BlockSpec((r, bn), lambda e, i, j: (0, j)),
+        ],
+        out_specs=pl.BlockSpec((None, bk, bn), lambda e, i, j: (e, i, j)),
+        out_shape=jax.ShapeDtypeStruct((len(sizes), k, n), dtype),
+        compiler_params=triton.CompilerParams(num_warps=8, num_stages=3),
+        interpret=interpret,
+        name="grouped_product_of_weights",
+    )((ends - sizes).astype(jnp.int32), ends.astype(jnp.int32), rows, dy)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _gpu(rows: Array, kernels: Array, sizes: Array, interpret: bool) -> Array:
+    return _gpu_rows(rows, kernels, sizes, interpret, transposed=False)
+
+
+def _gpu_forward(
+    rows: Array, kernels: Array, sizes: Array, interpret: bool
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    return _gpu(rows, kernels, sizes, interpret), (rows, kernels, sizes)
+
+
+def _gpu_backward(
+    interpret: bool, kept: tuple[Array, Array, Array], dy: Array
+) -> tuple[Array, Array, None]:
+    rows, kernels, sizes = kept
+    drows = _gpu_rows(dy, kernels, sizes, interpret, transposed=True)
+    return drows, _gpu_weights(rows, dy, sizes, kernels.dtype, interpret), None
+
+
+_gpu.defvjp(_gpu_forward, _gpu_backward)
+
+
+def gpu(rows: Array, kernels: Array, sizes: Array, *, tile: int, interpret: bool = False) -> Array:
+    """The product on an NVIDIA GPU, and its derivatives: Triton kernels for whole blocks."""
+    assert tile % GPU_TILE == 0
+    if not all(_gpu_blocks(n, n)[0] for n in kernels.shape[1:]):
+        _say(*kernels.shape[1:])
+        return plain(rows, kernels, sizes, tile=tile)
+    return _gpu(rows, kernels, sizes, interpret)
+
+
+@cache
+def _say(k: int, n: int) -> None:
+    """Says once why it is slow."""
+    here = logging.WARNING if jax.default_backend() == "gpu" else logging.INFO
+    text = "On a GPU every expert is run on every token: 16 does not divide %d or %d"
+    logging.getLogger(__name__).log(here, text, k, n)
