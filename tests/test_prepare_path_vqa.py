@@ -119,3 +119,24 @@ def test_mirror(tmp_path: Path) -> None:
     assert [row["answer_type"] for row in rows[:2]] == ["CLOSED", "OPEN"]
     assert {row["modality"] for row in rows} == {"Pathology"}
     assert len({row["image"] for row in rows}) == 1
+
+
+def test_odd_rows_are_bad_rows(tmp_path: Path) -> None:
+    source = mini.path_vqa(tmp_path / "pvqa")
+    good = mini.pvqa_row(1, "train_0000", "What?", "a cell", "other")
+    rows = [
+        good,
+        good | {"label": {}},
+        good | {"label": {"a": 1, "b": "2"}},
+        good | {"img_id": "x" * 5000},
+        good | {"img_id": "a\0b"},
+        good | {"img_id": "../../train_0000"},
+        good | {"sent": None},
+        good | {"question_id": 2, "label": {"a": 0.3, "b": 1}, "img_id": "train_0001"},
+    ]
+    mini.put(source / "qas" / "train_vqa.pkl", pickle.dumps(rows))
+    options = ("--splits", "train", "--on-error", "skip", "--allow-counts")
+    assert prepare("path_vqa", source, tmp_path / "out", *options) == 0
+    out = lines(tmp_path / "out" / "train.jsonl")
+    assert [row["conversations"][1]["value"] for row in out] == ["a cell", "b"]
+    assert [p["row"] for p in lines(tmp_path / "out" / "problems.jsonl")] == [1, 2, 3, 4, 5, 6]
