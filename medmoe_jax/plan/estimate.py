@@ -87,7 +87,9 @@ def plan(program: Program, cfg: RunConfig, target: Target, model: str, length: i
     result.compiled_flops, result.traffic = work.flops, work.traffic
     result.collectives = {kind: vars(found) for kind, found in sorted(work.collectives.items())}
     result.kernels, result.endless = work.kernels, work.endless
-    if chip is not None:
+    # With loops of unknown length the work is more than was counted: no bound is better than a
+    # wrong one.
+    if chip is not None and not work.endless:
         result.seconds = {
             "memory": work.traffic / chip.bandwidth,
             "network": work.sent / chip.network,
