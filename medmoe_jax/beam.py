@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from medmoe_jax import generate
+from medmoe_jax import generate, sharding
 from medmoe_jax.config import ModelConfig
 from medmoe_jax.models.layers import Array, Params
 from medmoe_jax.sampling import Sampling, penalised
@@ -98,6 +98,7 @@ def _step(s: Search, eos: Array, limit: Array, how: Array, penalty: Array, width
         cache=jax.tree.map(lambda a: a[rows], s.state.cache),
         used=None if used is None else used[rows].at[jnp.arange(b * width), last].set(True),
     )
+    state = generate.laid_out(state)
     hope = running.scores[:, 0] / length.astype(jnp.float32) ** how
     full = (ended.scores > LOW / 2).all(-1)
     still = s.open & ~(full & (hope <= ended.scores[:, -1])) & (length < limit)
@@ -138,7 +139,7 @@ def _search(
 
     first = _step(start, eos, limit, how, penalty, width)
     done, _ = jax.lax.while_loop(lambda carry: carry[0].open.any(), body, first)
-    return done.ended
+    return jax.tree.map(sharding.constrain, done.ended)
 
 
 def search(
@@ -163,10 +164,10 @@ def search(
             p,
             cfg,
             wide,
-            jnp.int32(eos),
-            jnp.int32(how.max_new_tokens),
-            jnp.float32(how.length_penalty),
-            jnp.float32(how.repetition_penalty),
+            np.int32(eos),
+            np.int32(how.max_new_tokens),
+            np.float32(how.length_penalty),
+            np.float32(how.repetition_penalty),
             dtype=dtype,
             width=how.beams,
             most=generate.bucket(how.max_new_tokens),

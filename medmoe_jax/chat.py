@@ -152,6 +152,7 @@ def main() -> None:
     add("--max-new-tokens", type=int, default=256)
     add("--seed", type=int, default=0)
     add("--bits", type=int, choices=(0, 4, 8), default=0, help="size of the weights; 0 = as saved")
+    add("--mesh", type=loaded.mesh_sizes, help="DATA,FSDP,EXPERT devices, as 1,2,4; default: one")
     add("--dtype", default="", help="default: float32 on a CPU, bfloat16 elsewhere")
     flags.add_view(parser)
     args = parser.parse_args()
@@ -169,6 +170,7 @@ def main() -> None:
             dtype=args.dtype,
             view=flags.view(args),
             bits=args.bits,
+            mesh=args.mesh,
         )
         session = Session(model, how, sys.stdout)
         for file in args.image:

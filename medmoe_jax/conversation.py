@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field, replace
 
-import jax.numpy as jnp
 import numpy as np
 
 from medmoe_jax import generate
@@ -122,16 +121,16 @@ class Chat:
         model.check_length(places + len(row.tokens))
         batch = model.batch([row], [shown])
         length = batch["tokens"].shape[1]
-        if self._state is None:
-            penalised = self.sampling.repetition_penalty != 1.0
-            state, posterior = generate.read(
-                model.params, model.config, batch, dtype=model.dtype, room=0, penalised=penalised
-            )
-        else:
-            state = generate.with_room(self._state, length)
-            state, posterior = generate.extend(
-                model.params, model.config, state, batch, model.dtype
-            )
+        p, cfg, dtype = model.params, model.config, model.dtype
+        with model.on_devices():
+            if self._state is None:
+                penalised = self.sampling.repetition_penalty != 1.0
+                state, posterior = generate.read(
+                    p, cfg, batch, dtype=dtype, room=0, penalised=penalised
+                )
+            else:
+                state = generate.with_room(self._state, length)
+                state, posterior = generate.extend(p, cfg, state, batch, dtype)
         if posterior is not None and (len(shown) or self._state is None):
             self._modality = model.modality(posterior[0])
         return state
@@ -153,10 +152,11 @@ class Chat:
             ids, kept = self.model.answer_ids(reply.text.replace(templates.IMAGE_TOKEN, "")), 0
         else:
             ids, kept = [*reply.ids, end], min(held, len(reply.ids))
-        state = generate.rewind(state, held - kept)
+        with self.model.on_devices():
+            state = generate.rewind(state, held - kept)
         if used is not None:  # the state's own knows the ids that were cut off as well
             used[:, ids[:kept]] = True
-            state = state._replace(used=jnp.asarray(used))
+            state = state._replace(used=used)
         self._state, self._pending = state, ids[kept:]
         warnings = mismatch(self._tagged, self._modality)
         self.reply = replace(reply, modality=self._modality, warnings=warnings)

@@ -1,19 +1,33 @@
 """Several processes as one program, by JAX's own runtime: `jax.distributed`.
 
 Every process runs the same command and reads the same files; the workdir is on a disk that all of
-them see. Process 0 speaks and writes; checkpoints are written by all, each its own shards.
+them see. Process 0 speaks and writes; checkpoints are written by all, each its own shards. A
+cluster that wants its machines back sends SIGTERM (`preemption`).
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import signal
 import sys
-from typing import NoReturn
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from medmoe_jax.config import ClusterConfig, ConfigError
+
+PREEMPTED = 75  # exit status of a run that should be started again; EX_TEMPFAIL of sysexits.h
+
+
+class Preempted(RuntimeError):
+    """The run was asked to end; its checkpoint is written."""
 
 
 def several(environment: dict[str, str]) -> bool:
@@ -113,6 +127,42 @@ def join(cfg: ClusterConfig) -> None:
 def leads() -> bool:
     """Whether this process is the one that speaks and writes."""
     return jax.process_index() == 0
+
+
+def gathered(value: Any) -> list[Any]:
+    """What every process has, in their order. All of them must call this at the same place.
+
+    Args:
+      value: anything that JSON can hold.
+    """
+    if jax.process_count() == 1:
+        return [value]
+    own = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(own)))
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: len(own)] = own
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(bytes(row[:n])) for row, n in zip(rows, sizes, strict=True)]
+
+
+@contextmanager
+def preemption() -> Iterator[Callable[[int], bool]]:
+    """Turns SIGTERM into a question to ask behind every step: is this the last one?
+
+    Several processes all get the same answer to the same step, whichever of them got the signal;
+    they must all ask, from the same step on.
+    """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+    elif threading.current_thread() is not threading.main_thread():
+        yield lambda step: False  # Python handles signals in the main thread only
+    else:
+        told = threading.Event()
+        before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+        try:
+            yield lambda step: told.is_set()
+        finally:
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def stop(message: str) -> NoReturn:

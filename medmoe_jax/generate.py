@@ -4,6 +4,9 @@ Rows of a batch write the same place of the cache in a step, so prompts end at t
 (padding is on the left); positions count real tokens only, and padding is never looked at. A row
 therefore gets what it gets alone. All shapes are static: one program for each length of prompt,
 size of cache and number of rows. Above it: `model.py`.
+
+On a mesh (`jax.set_mesh`) the cache lies with the rows over `data` and with the heads over the
+other axes; what the host reads is on every device, so that every process can.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from medmoe_jax import losses
+from medmoe_jax import losses, sharding
 from medmoe_jax.config import ModelConfig
 from medmoe_jax.models import decoder, medmoe
 from medmoe_jax.models.layers import Array, Params
@@ -58,21 +61,37 @@ def left_padded(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return moved | ({"images": batch["images"]} if "images" in batch else {})
 
 
-def for_generation(p: Params, cfg: ModelConfig) -> Params:
-    """All parameters with the language model unstacked, as every function here takes them."""
-    return {**p, "llm": decoder.unstack(p["llm"], cfg)}
+def for_generation(p: Params, cfg: ModelConfig, ways: int = 1) -> Params:
+    """All parameters with the language model unstacked (see `decoder.unstack`), as every function
+    here takes them."""
+    return {**p, "llm": decoder.unstack(p["llm"], cfg, ways)}
+
+
+def laid_out(state: State) -> State:
+    """In a compiled function: the state as it lies on a mesh."""
+    every = sharding.constrain
+    return State(
+        jax.tree.map(lambda a: every(a, "data", sharding.BOTH), state.cache),
+        every(state.seen),
+        every(state.count),
+        every(state.end),
+        every(state.logits, "data", sharding.BOTH),
+        None if state.used is None else every(state.used),
+    )
 
 
 @partial(jax.jit, static_argnames=("cfg", "rows", "size", "dtype", "penalised"))
 def empty(cfg: ModelConfig, rows: int, size: int, dtype: Any, penalised: bool = False) -> State:
     """Nothing said yet; a cache with `size` places."""
-    return State(
-        decoder.empty_cache(cfg, rows, size, dtype),
-        jnp.zeros((rows, size), bool),
-        jnp.zeros(rows, jnp.int32),
-        jnp.zeros((), jnp.int32),
-        jnp.zeros((rows, cfg.llm.vocab), jnp.float32),
-        jnp.zeros((rows, cfg.llm.vocab), bool) if penalised else None,
+    return laid_out(
+        State(
+            decoder.empty_cache(cfg, rows, size, dtype),
+            jnp.zeros((rows, size), bool),
+            jnp.zeros(rows, jnp.int32),
+            jnp.zeros((), jnp.int32),
+            jnp.zeros((rows, cfg.llm.vocab), jnp.float32),
+            jnp.zeros((rows, cfg.llm.vocab), bool) if penalised else None,
+        )
     )
 
 
@@ -99,7 +118,7 @@ def rewind(state: State, places: Array) -> State:
 def repeat(state: State, times: int) -> State:
     """Every row `times` times in a row."""
     rows = jax.tree.map(lambda a: jnp.repeat(a, times, 0), state._replace(end=None))
-    return rows._replace(end=state.end)
+    return laid_out(rows._replace(end=state.end))
 
 
 def _run(
@@ -129,7 +148,7 @@ def _run(
     state = state._replace(
         cache=reports["cache"], seen=seen, count=state.count + valid.sum(-1), end=state.end + t
     )
-    return hidden, state, reports
+    return hidden, laid_out(state), reports
 
 
 def _embed(p: Params, cfg: ModelConfig, batch: dict[str, Any], dtype: Any) -> Array:
@@ -170,7 +189,8 @@ def extend(
         used = used.at[jnp.arange(len(used))[:, None], batch["tokens"]].max(words)
     state = state._replace(logits=medmoe.logits(p, hidden[:, -1]), used=used)
     routed = reports.get("router_logits")
-    return state, None if routed is None else losses.posterior(routed, valid)
+    posterior = None if routed is None else sharding.constrain(losses.posterior(routed, valid))
+    return laid_out(state), posterior
 
 
 def follow(
@@ -202,7 +222,7 @@ def score(
     scores = jnp.concatenate([state.logits[:, None], later], 1)
     targets = jnp.where(batch["mask"], batch["tokens"], losses.IGNORE)
     loss, counted = losses.cross_entropy(scores, targets)
-    return -loss.sum(-1), counted.sum(-1)
+    return sharding.constrain(-loss.sum(-1)), sharding.constrain(counted.sum(-1))
 
 
 def _record(
@@ -215,17 +235,16 @@ def _record(
     done = answers.done
     steps = answers.step_logits
     used = state.used
-    return (
-        state._replace(used=None if used is None else used.at[rows, token].set(True)),
-        Answers(
-            answers.ids.at[:, i].set(jnp.where(done, 0, token)),
-            answers.log_probs.at[:, i].set(jnp.where(done, 0.0, log_prob)),
-            answers.lengths + ~done,
-            i + 1,
-            done | (token == eos),
-            None if steps is None else steps.at[:, i].set(state.logits),
-        ),
+    found = Answers(
+        answers.ids.at[:, i].set(jnp.where(done, 0, token)),
+        answers.log_probs.at[:, i].set(jnp.where(done, 0.0, log_prob)),
+        answers.lengths + ~done,
+        i + 1,
+        done | (token == eos),
+        None if steps is None else steps.at[:, i].set(state.logits),
     )
+    state = state._replace(used=None if used is None else used.at[rows, token].set(True))
+    return laid_out(state), jax.tree.map(sharding.constrain, found)
 
 
 @partial(jax.jit, static_argnames=("most", "draw", "keep_logits"))
@@ -320,7 +339,7 @@ def answers(
     p: Params,
     cfg: ModelConfig,
     state: State,
-    eos: Array,
+    eos: Any,
     knobs: Knobs,
     *,
     max_new: int,
@@ -349,7 +368,7 @@ def answers(
     while n < max_new and not bool(found.done.all()):
         limit = min(n + every, max_new)
         state = with_room(state, limit - n)
-        limits = jnp.int32(limit)
+        limits = np.int32(limit)
         state, found = advance(p, cfg, state, found, eos, knobs, limits, dtype=dtype, draw=draw)
         n = int(found.step)
         yield state, found

@@ -69,8 +69,8 @@ def place_weights(
 ) -> tuple[Flat, Flat]:
     """Host parameters (path -> array) on the devices: (trainable, frozen)."""
     kinds = dtypes(cfg, label)
-    train, frozen = optim.split({k: np.asarray(v, kinds[k]) for k, v in flat.items()}, label)
-    return sharding.place(train, mesh), sharding.place(frozen, mesh)
+    train, frozen = optim.split(flat, label)
+    return sharding.place(train, mesh, kinds), sharding.place(frozen, mesh, kinds)
 
 
 def first_state(tx: optax.GradientTransformation, train: Flat, frozen: Flat, mesh: Mesh) -> State:

@@ -15,10 +15,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-from medmoe_jax import checkpoint, generate, quantize
+from medmoe_jax import checkpoint, generate, quantize, sharding
 from medmoe_jax.checkpoint import CheckpointError
-from medmoe_jax.config import ConfigError, ViewConfig
+from medmoe_jax.config import ConfigError, MeshConfig, ViewConfig
 from medmoe_jax.conversation import Chat
 from medmoe_jax.convert.folder import model_folder
 from medmoe_jax.convert.report import ConversionError
@@ -129,16 +130,40 @@ class Model(Responder):
         return self._score_options(rows, state)
 
 
+def mesh_sizes(text: str) -> MeshConfig:
+    """The mesh of a command line: devices along data, fsdp and expert, as in "1,2,4".
+
+    Raises:
+      ValueError: something else (`argparse` reports it).
+    """
+    data, fsdp, expert = map(int, text.split(","))
+    return MeshConfig(data, fsdp, expert)
+
+
 def in_dtype(params: Params, dtype: Any) -> Params:
     """The parameters as device arrays of `dtype`; routers and quantized kernels keep theirs."""
 
     def one(path: Any, leaf: Any) -> Any:
         if quantize.is_quantized(leaf):
             return leaf  # its numbers and scales have dtypes of their own
-        routing = any(key.key == "router" for key in path if hasattr(key, "key"))
-        return jnp.asarray(leaf, leaf.dtype if routing else dtype)
+        return jnp.asarray(leaf, leaf.dtype if _routes(path) else dtype)
 
     return jax.tree_util.tree_map_with_path(one, params, is_leaf=quantize.is_quantized)
+
+
+def on_mesh(params: Params, dtype: Any, mesh: Mesh, ways: int) -> Params:
+    """The same over several devices: of host arrays, each device gets its part alone."""
+
+    def one(path: Any, leaf: Any, place: Any) -> Any:
+        return sharding.put(leaf, place, leaf.dtype if _routes(path) else dtype)
+
+    places = sharding.generation_places(params, mesh, ways)
+    return jax.tree_util.tree_map_with_path(one, params, places)
+
+
+def _routes(path: Any) -> bool:
+    """Whether a parameter is a router's."""
+    return any(key.key == "router" for key in path if hasattr(key, "key"))
 
 
 def load(
@@ -150,6 +175,7 @@ def load(
     view: ViewConfig | None = None,
     vision: str | Path | None = None,
     bits: int = 0,
+    mesh: MeshConfig | Sequence[int] | None = None,
 ) -> Model:
     """Loads a model.
 
@@ -162,11 +188,20 @@ def load(
       view: what is shown of DICOM and NIfTI files; default: their own window, the middle slice.
       vision: CLIP folder, where a PyTorch folder does not hold one.
       bits: 8 or 4 for weights of that size (see `quantize`); 0 = as they are.
+      mesh: how to use several devices: their numbers along `data` (conversations), `fsdp` (heads
+        and hidden layers) and `expert` (experts), -1 for what is left; None = one device.
 
     Raises:
       CheckpointError, ConversionError, DataError: the folder cannot be used.
-      ConfigError: it lacks a part, or there is no such dtype or size.
+      ConfigError: it lacks a part, there is no such dtype or size, or the devices are not so many.
     """
+    devices = None
+    if mesh is not None:
+        devices = sharding.make_mesh(mesh if isinstance(mesh, MeshConfig) else MeshConfig(*mesh))
+        if bits and devices.size > 1:
+            raise ConfigError(
+                f"weights of {bits} bits are for one device; leave out bits, or the mesh"
+            )
     if dtype not in ("", *DTYPES):
         raise ConfigError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
     if template:
@@ -183,7 +218,14 @@ def load(
         tokenizer = tokens.load_tokenizer(folder / "tokenizer", family)
         spec = images.read_image_spec(folder / "preprocessor_config.json", aspect, view)
 
-    whole = generate.for_generation({part: params[part] for part in PARTS}, meta.model)
+    parts = {part: params[part] for part in PARTS}
+    settings = tokenizer, spec, template or family, kind
+    if devices is not None and not bits:
+        n_experts = meta.model.moe.experts if meta.model.moe else 1
+        ways = sharding.generation_ways(devices, n_experts)
+        whole = generate.for_generation(parts, meta.model, ways)
+        return Model(on_mesh(whole, kind, devices, ways), meta.model, *settings, devices)
+    whole = generate.for_generation(parts, meta.model)
     if bits:
         whole = quantize.quantize(whole, bits)  # leaf by leaf, before anything else is placed
-    return Model(in_dtype(whole, kind), meta.model, tokenizer, spec, template or family, kind)
+    return Model(in_dtype(whole, kind), meta.model, *settings)

@@ -208,7 +208,8 @@ def predict(args: argparse.Namespace) -> int:
         stop=tuple(args.stop),
         seed=args.seed,
     )
-    free = ("answers_file", "batch_size", "compilation_cache")  # may differ when a run goes on
+    # May differ when a run goes on.
+    free = ("answers_file", "batch_size", "mesh", "compilation_cache")
     settings = {k: str(v) for k, v in sorted(vars(args).items()) if k not in free}
     settings["content"] = f"{zlib.crc32(args.question_file.read_bytes()):08x}"  # of the questions
     progress = Progress(args.answers_file, settings)
@@ -223,6 +224,7 @@ def predict(args: argparse.Namespace) -> int:
             aspect=args.image_aspect,
             view=view,
             bits=args.bits,
+            mesh=args.mesh,
         )
         stream = replies(
             model,
@@ -290,6 +292,7 @@ def arguments() -> argparse.ArgumentParser:
     )
     add("--score-options", action="store_true", help="weigh the options of rows that have them")
     add("--bits", type=int, choices=(0, 4, 8), default=0, help="size of the weights; 0 = as saved")
+    add("--mesh", type=loaded.mesh_sizes, help="DATA,FSDP,EXPERT devices, as 1,2,4; default: one")
     add("--dtype", default="", help="default: float32 on a CPU, bfloat16 elsewhere")
     cache = "folder that keeps compiled programs between runs"
     add("--compilation-cache", default="", metavar="DIR", help=cache)

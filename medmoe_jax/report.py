@@ -164,8 +164,9 @@ class Reporter:
 
     def evaluated(self, number: int, figures: dict[str, float]) -> None:
         """Writes the figures of an evaluation behind step `number`; its time is not the step's."""
-        if self._writer:
-            self._writer.write(number, figures)
+        if self._writer is None:
+            return
+        self._writer.write(number, figures)
         shown = ", ".join(f"{name} {value:.1f} %" for name, value in figures.items())
         self._bar.write(f"step {number}: {shown}")
         self._last = time.perf_counter()

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from PIL import Image
 
 from medmoe_jax import beam, generate, sampling
@@ -120,6 +121,11 @@ class Responder:
     spec: images.ImageSpec
     template: str
     dtype: Any
+    mesh: Mesh | None = None  # the devices that the parameters lie on; None: one
+
+    def on_devices(self) -> AbstractContextManager[Any]:
+        """In it, programs are compiled for and run on the model's devices."""
+        return nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def request(
         self, question: str, pictures: Pictures, options: Sequence[str] = (), seed: int = 0
@@ -167,7 +173,8 @@ class Responder:
         left = self.left(state)[: len(requests)]
         if how.beams > 1:
             end = self.tokenizer.eos_token_id
-            best = beam.search(self.params, self.config, state, end, how, self.dtype)
+            with self.on_devices():
+                best = beam.search(self.params, self.config, state, end, how, self.dtype)
             done = [
                 self._reply(ids[:n], log_probs[:n], how)
                 for (ids, log_probs), n in zip(best, left, strict=False)
@@ -206,9 +213,10 @@ class Responder:
         the router's posterior."""
         batch = self.prompts(requests, rows)
         penalised = how is not None and how.repetition_penalty != 1.0
-        return generate.read(
-            self.params, self.config, batch, dtype=self.dtype, room=room, penalised=penalised
-        )
+        with self.on_devices():
+            return generate.read(
+                self.params, self.config, batch, dtype=self.dtype, room=room, penalised=penalised
+            )
 
     def prompts(self, requests: Sequence[Request], rows: int = 0) -> dict[str, np.ndarray]:
         """The prompts with their images as one batch, see `batch`."""
@@ -244,8 +252,11 @@ class Responder:
     def batch(
         self, prompts: Sequence[merge.Merged], pictures: Sequence[np.ndarray], rows: int = 0
     ) -> dict[str, np.ndarray]:
-        """Left-padded arrays of static size; rows beyond the given ones are padding."""
+        """Left-padded arrays of static size; rows beyond the given ones are padding. Over several
+        devices there are so many of them that rows can be split."""
         many = rows if rows >= len(prompts) else 1 << (len(prompts) - 1).bit_length()
+        if self.mesh is not None:
+            many += -many % self.mesh.shape["data"]
         length = generate.bucket(max(len(prompt.tokens) for prompt in prompts))
         batch = merge.pad_rows(prompts, length)
         batch = {
@@ -266,17 +277,23 @@ class Responder:
     ) -> Iterator[tuple[generate.State, generate.Answers]]:
         """`generate.answers` with this model's parameters; `seeds` of the rows that count."""
         filler = [0] * (len(state.count) - len(seeds))
-        return generate.answers(
+        pairs = generate.answers(
             self.params,
             self.config,
             state,
-            jnp.int32(self.tokenizer.eos_token_id),
+            np.int32(self.tokenizer.eos_token_id),
             sampling.knobs(how, [*seeds, *filler]),
             max_new=how.max_new_tokens,
             every=every,
             dtype=self.dtype,
             draw=how.temperature > 0,
         )
+        while True:  # the devices are set while a program runs, not while the caller looks at it
+            with self.on_devices():
+                pair = next(pairs, None)
+            if pair is None:
+                return
+            yield pair
 
     def with_stop(self, how: Sampling) -> Sampling:
         """The settings with the text that ends an answer of this template, unless it is the end
@@ -336,8 +353,9 @@ class Responder:
             for place, ids in enumerate(options):
                 batch["tokens"][row * many + place, : len(ids)] = ids
                 batch["mask"][row * many + place, : len(ids)] = True
-        repeated = generate.with_room(generate.repeat(state, many), length)
-        scores, _ = generate.score(self.params, self.config, repeated, batch, self.dtype)
+        with self.on_devices():
+            repeated = generate.with_room(generate.repeat(state, many), length)
+            scores, _ = generate.score(self.params, self.config, repeated, batch, self.dtype)
         table = np.asarray(scores).reshape(-1, many)
         return [table[row, : len(options)].tolist() for row, options in enumerate(each)]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,22 +67,23 @@ class Sampling:
 class Knobs(NamedTuple):
     """The part of the settings that the device reads; no value needs a program of its own."""
 
-    temperature: Array  # f32[]
-    top_k: Array  # i32[], 0 = all
-    top_p: Array  # f32[]
-    penalty: Array  # f32[]
-    seeds: Array  # u32[B]
+    temperature: Any  # f32[]
+    top_k: Any  # i32[], 0 = all
+    top_p: Any  # f32[]
+    penalty: Any  # f32[]
+    seeds: Any  # u32[B]
 
 
 def knobs(sampling: Sampling, seeds: Sequence[int]) -> Knobs:
-    """Device values of the settings; `seeds` gives each row its own draws."""
+    """What the device reads of the settings; `seeds` gives each row its own draws. Host values:
+    several processes that have the same can all pass them on."""
     mixed = [(sampling.seed * 1_000_003 + seed) % 2**32 for seed in seeds]
     return Knobs(
-        jnp.float32(sampling.temperature),
-        jnp.int32(sampling.top_k),
-        jnp.float32(sampling.top_p),
-        jnp.float32(sampling.repetition_penalty),
-        jnp.asarray(np.array(mixed, np.uint32)),
+        np.float32(sampling.temperature),
+        np.int32(sampling.top_k),
+        np.float32(sampling.top_p),
+        np.float32(sampling.repetition_penalty),
+        np.array(mixed, np.uint32),
     )
 
 

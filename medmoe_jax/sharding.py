@@ -4,17 +4,21 @@ Axes: `data` (batch), `fsdp` (batch; parameters and optimiser state are split), 
 experts are split). Every axis carries a share of the batch. Experts are spread over `expert` and,
 inside one expert, over `fsdp`; all other large weights are spread over both. A device sees the
 tokens of its neighbours along `expert` in MoE layers only, see `models.experts.spread`.
+
+Generation reads all weights for few tokens, so there the weights stay and the tokens go to them:
+`data` splits the conversations, `expert` the experts, and `fsdp` (and `expert`, in all other
+weights) heads and hidden layers.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from medmoe_jax.config import ConfigError, MeshConfig
@@ -34,6 +38,17 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"projector/.*/kernel", P(BOTH, None)),
     (r"vision/.*embedding(/kernel)?", P()),
     (r".*/(bias|scale)", P()),
+)
+
+
+# In generation, where the language model is one tree a layer (`models.decoder.unstack`). Anything
+# else lies as RULES say. Experts that are split over `expert` have that axis in front.
+GENERATION: tuple[tuple[str, P], ...] = (
+    (r"llm/blocks/.*/(q|k|v|fc1|gate|up)/kernel", P(None, BOTH)),
+    (r"llm/blocks/.*/(q|k|v|fc1|gate|up)/bias", P(BOTH)),
+    (r"llm/blocks/.*/(out|fc2|down)/kernel", P(BOTH, None)),
+    (r"llm/blocks/.*/(out|fc2|down)/bias", P(None)),
+    (r"llm/blocks/\d+/moe/(router|coefficient)/.*", P()),
 )
 
 
@@ -60,7 +75,7 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * 3, devices=devices)
 
 
-def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+def spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     """Spec of one parameter; mesh axes that do not divide a dimension are left out there.
 
     Raises:
@@ -68,11 +83,54 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     """
     for pattern, rule in RULES:
         if re.fullmatch(pattern, path):
-            return P(*(_fit(entry, size, mesh) for entry, size in zip(rule, shape, strict=False)))
+            return _fitted(rule, shape, mesh)
     raise ConfigError(f"no sharding rule matches the parameter {path!r}; add one to sharding.RULES")
 
 
-def _fit(entry: Any, size: int, mesh: Mesh) -> Any:
+def generation_spec(
+    path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, ways: int = 1
+) -> P:
+    """Spec of one parameter in generation, see `spec`; `ways` as in `models.decoder.unstack`."""
+    if "/router/" in path:
+        return P()
+    for pattern, rule in GENERATION:
+        if re.fullmatch(pattern, path):
+            if ways > 1 and "/experts/" in path:
+                rule = P("expert", *("fsdp" if entry == BOTH else entry for entry in rule))
+            return _fitted(rule, shape, mesh)
+    return spec(path, shape, mesh)
+
+
+def generation_ways(mesh: Mesh | AbstractMesh, n_experts: int) -> int:
+    """Over how many devices experts are split in generation: all along `expert`, or one where their
+    number does not divide."""
+    return 1 if n_experts % mesh.shape["expert"] else mesh.shape["expert"]
+
+
+def generation_places(tree: Any, mesh: Mesh, ways: int) -> Any:
+    """Where the parameters of `generate.for_generation` lie: a NamedSharding for each leaf."""
+
+    def one(path: Any, leaf: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return NamedSharding(mesh, generation_spec(name, leaf.shape, mesh, ways))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def constrain(x: jax.Array, *axes: Any) -> jax.Array:
+    """In a compiled function: x with its first axes split over these mesh axes where they divide,
+    and on all devices otherwise; x itself where there is no mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size <= 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, _fitted(P(*axes), x.shape, mesh))
+
+
+def _fitted(rule: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
+    return P(*(_fit(entry, size, mesh) for entry, size in zip(rule, shape, strict=False)))
+
+
+def _fit(entry: Any, size: int, mesh: Mesh | AbstractMesh) -> Any:
     """The axes of `entry`, dropped from the right until their product divides `size`."""
     axes = (entry,) if isinstance(entry, str) else tuple(entry or ())
     while axes and size % int(np.prod([mesh.shape[a] for a in axes])):
@@ -80,17 +138,28 @@ def _fit(entry: Any, size: int, mesh: Mesh) -> Any:
     return axes if len(axes) > 1 else (axes[0] if axes else None)
 
 
-def place(flat: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
+def place(
+    flat: dict[str, Any], mesh: Mesh, dtypes: Mapping[str, Any] | None = None
+) -> dict[str, jax.Array]:
     """Puts parameters (path -> host array, the same in every process) on the devices as the table
-    says."""
+    says, in `dtypes` (path -> dtype; default: their own)."""
+    return {
+        path: put(
+            value,
+            NamedSharding(mesh, spec(path, value.shape, mesh)),
+            None if dtypes is None else dtypes[path],
+        )
+        for path, value in flat.items()
+    }
 
-    return {path: _put(value, mesh, spec(path, value.shape, mesh)) for path, value in flat.items()}
 
-
-def _put(value: Any, mesh: Mesh, where: P) -> jax.Array:
-    """A host array that all processes have on the devices; each process fills its own."""
-    placement = NamedSharding(mesh, where)
-    return jax.make_array_from_callback(value.shape, placement, lambda part: value[part])
+def put(value: Any, place: NamedSharding, dtype: Any = None) -> jax.Array:
+    """A host array that all processes have on the devices, in `dtype`; each process fills its own
+    part, and no more than that is converted."""
+    kind = value.dtype if dtype is None else dtype
+    return jax.make_array_from_callback(
+        value.shape, place, lambda part: np.asarray(value[part], kind)
+    )
 
 
 def everywhere(tree: Any, mesh: Mesh) -> Any:
@@ -98,7 +167,7 @@ def everywhere(tree: Any, mesh: Mesh) -> Any:
 
     def one(leaf: jax.Array) -> jax.Array:
         there = isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh == mesh
-        return leaf if there else _put(np.asarray(leaf), mesh, P())
+        return leaf if there else put(np.asarray(leaf), NamedSharding(mesh, P()))
 
     return jax.tree.map(one, tree)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -144,6 +145,17 @@ def load_data(cfg: RunConfig, model: ModelConfig) -> Data:
     return Data(samples, rest, loaded.problems, batches)
 
 
+def all_problems(stream: pipeline.Batches) -> list[problems.Problem]:
+    """What the processes found wrong in their parts of the data, each row once."""
+    every = distributed.gathered([dataclasses.asdict(p) for p in stream.problems])
+    return list(dict.fromkeys(problems.Problem(**one) for found in every for one in found))
+
+
+def position(stream: pipeline.Batches) -> dict[str, Any]:
+    """The place in the data, with the problems of all processes: one of them writes it down."""
+    return stream.get_state() | {"problems": [dataclasses.asdict(p) for p in all_problems(stream)]}
+
+
 def write_run_config(cfg: RunConfig, workdir: Path) -> None:
     """Stores the run's config; a workdir that holds another run is an error."""
     path = workdir / "run.json"
@@ -166,11 +178,6 @@ def train(cfg: RunConfig, workdir: Path) -> None:
     if (workdir / "model" / "config.json").exists():
         say(f"{workdir} is finished: its model is in {workdir / 'model'}")
         return
-    if cfg.evaluation.every and jax.process_count() > 1:
-        raise ConfigError(
-            "evaluation during training runs in one process; set evaluation.every=0 and run "
-            "`predict` and `evaluate` on the finished model"
-        )
     workdir.mkdir(parents=True, exist_ok=True)
     write_run_config(cfg, workdir)
 
@@ -202,7 +209,7 @@ def train(cfg: RunConfig, workdir: Path) -> None:
     first = int(state.step)
 
     # --- loop ---
-    validation = Validation(cfg, model) if cfg.evaluation.every else None
+    validation = Validation(cfg, model, mesh) if cfg.evaluation.every else None
     run_step, trace = step.make_step(cfg, model, tx, state), Trace(cfg, workdir)
     rate, costs = optim.schedule(cfg.optim, total), flops.costs(cfg, model, label)
     reporter = Reporter(cfg, workdir, first, total, rate, data.samples, costs)
@@ -212,6 +219,7 @@ def train(cfg: RunConfig, workdir: Path) -> None:
         closing(reporter),
         closing(trace),
         jax.set_mesh(mesh),
+        distributed.preemption() as preempted,
     ):
         for number in range(first + 1, total + 1):
             trace.begin(number)
@@ -224,20 +232,23 @@ def train(cfg: RunConfig, workdir: Path) -> None:
             # The metrics of the step before are read while this one runs.
             reporter.flush()
             reporter.add(number, metrics, batch, waited)
-            if number % cfg.log.save_every == 0 or number == total:
+            ends = preempted(number) and number < total
+            if ends or number % cfg.log.save_every == 0 or number == total:
                 reporter.flush()
-                checkpoints.save(state, stream.get_state())
+                checkpoints.save(state, position(stream))
+            if ends:
+                raise distributed.Preempted(
+                    f"SIGTERM: stopped behind step {number} of {total}, which is saved; the same "
+                    "command goes on from there"
+                )
             if validation and validation.due(number, total):
                 reporter.flush()
                 reporter.evaluated(number, validation(frozen | state.train))
-    # Each process finds the broken images of its own rows.
-    name = f".{jax.process_index()}" if jax.process_index() else ""
-    skipped, left_out = workdir / f"skipped{name}.jsonl", list(stream.problems)
+    left_out = [*data.left_out, *all_problems(stream)]
     if distributed.leads():
-        left_out = [*data.left_out, *left_out]
-    problems.write_problems(left_out, skipped)
-    if left_out:
-        print(f"{len(left_out):,} rows were left out: {skipped}", flush=True)
+        problems.write_problems(left_out, workdir / "skipped.jsonl")
+        if left_out:
+            print(f"{len(left_out):,} rows were left out: {workdir / 'skipped.jsonl'}", flush=True)
 
     # --- result ---
     # Frozen weights are written as they were read, not as rounded for the computation.
@@ -255,12 +266,16 @@ def train(cfg: RunConfig, workdir: Path) -> None:
 
 
 def main(_: list[str]) -> None:
-    """Runs the phase of --config; faults in the user's input end with a message and status 1."""
+    """Runs the phase of --config; faults in the user's input end with a message and status 1, a run
+    that was asked to end with status 75."""
     logging.set_verbosity(logging.WARNING)
     try:
         distributed.join(flags.FLAGS.config.cluster)
         compilation.keep(flags.FLAGS.config.compilation_cache)
         train(flags.FLAGS.config, Path(flags.FLAGS.workdir))
+    except distributed.Preempted as reason:
+        say(str(reason))
+        sys.exit(distributed.PREEMPTED)
     except (
         ConfigError,
         checkpoint.CheckpointError,

@@ -85,7 +85,10 @@ def upcycle(
     n = len(placed)
     tree: dict[str, Any] = {
         "router": _map(lambda a: np.repeat(np.asarray(a)[None], n, 0), router),
-        "experts": _map(lambda a: np.repeat(a[:, None], moe.experts, 1), experts),
+        # Views: no host holds the same numbers once an expert.
+        "experts": _map(
+            lambda a: np.broadcast_to(a[:, None], (n, moe.experts, *a.shape[1:])), experts
+        ),
     }
     if moe.meta:
         tree["meta"] = meta

@@ -4,13 +4,16 @@ moment, as `predict` and `evaluate` do it for a finished model.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
+from jax.sharding import Mesh
 
-from medmoe_jax import generate, predict
+from medmoe_jax import generate, predict, sharding
 from medmoe_jax.config import ModelConfig, RunConfig
 from medmoe_jax.data import images, questions, sources, tokens
 from medmoe_jax.evaluation import rows
@@ -22,13 +25,13 @@ from medmoe_jax.sampling import Sampling
 class Validation:
     """Answers and scores the rows of `config.evaluation`."""
 
-    def __init__(self, cfg: RunConfig, model: ModelConfig) -> None:
+    def __init__(self, cfg: RunConfig, model: ModelConfig, mesh: Mesh) -> None:
         """Reads the questions; nothing is loaded onto the device.
 
         Raises:
           DataError: the file cannot be read.
         """
-        self.cfg, self.model, wanted = cfg, model, cfg.evaluation
+        self.cfg, self.model, self.mesh, wanted = cfg, model, mesh, cfg.evaluation
         asked = questions.read_questions(wanted.file)
         self.asked = asked[: wanted.rows] if wanted.rows else asked
         self.rows = rows.read(wanted.file)[: len(self.asked)]
@@ -45,16 +48,22 @@ class Validation:
         return step % self.cfg.evaluation.every == 0 or step == total
 
     def __call__(self, flat: dict[str, Any]) -> dict[str, float]:
-        """The figures of `evaluate`, percent, under "SPLIT/figure".
+        """The figures of `evaluate`, percent, under "SPLIT/figure". Of several processes all must
+        call this; they answer together, and all get the figures.
 
         Args:
           flat: all parameters, path -> array.
         """
         wanted, tree = self.cfg.evaluation, unflatten_dict(flat, sep="/")
-        ready = generate.for_generation({part: tree[part] for part in PARTS}, self.model)
+        n_experts = self.model.moe.experts if self.model.moe else 1
+        ways = sharding.generation_ways(self.mesh, n_experts)
+        unstacked = partial(generate.for_generation, cfg=self.model, ways=ways)
+        parts = {part: tree[part] for part in PARTS}
+        places = sharding.generation_places(jax.eval_shape(unstacked, parts), self.mesh, ways)
+        ready = jax.jit(unstacked, out_shardings=places)(parts)
         dtype = jnp.dtype(self.cfg.compute_dtype)
         template = self.cfg.data.template or self.model.llm.family
-        model = Model(ready, self.model, self.tokenizer, self.spec, template, dtype)
+        model = Model(ready, self.model, self.tokenizer, self.spec, template, dtype, self.mesh)
         stream = predict.replies(
             model,
             self.asked,

@@ -37,10 +37,10 @@ ALLOWED = {
     r"plan(\..*)?": r"config|hardware|flops|layout|optim|sharding|step|generate|models\..*"
     r"|plan\..*",
     r"layout": r"config|optim|sharding|step|models\..*",
-    r"generate|beam": r"config|losses|sampling|generate|models\..*",
+    r"generate|beam": r"config|losses|sampling|sharding|generate|models\..*",
     r"responder|conversation": r"config|sampling|generate|beam|responder|data\..*",
-    r"model": r"config|checkpoint|sampling|generate|responder|conversation|quantize|data\..*"
-    r"|convert\.(folder|report)|models\.layers",
+    r"model": r"config|checkpoint|sampling|sharding|generate|responder|conversation|quantize"
+    r"|data\..*|convert\.(folder|report)|models\.layers",
     r"quantize": r"config|models\..*",
     r"evaluation(\..*)?": r"config|metrics|data\.(problems|sources)|evaluation(\..*)?",
 }

@@ -207,15 +207,21 @@ def decode(
     return layers.layer_norm(p["final_ln"], x, cfg.llm.norm_eps), reports
 
 
-def unstack(p: Params, cfg: ModelConfig) -> Params:
+def unstack(p: Params, cfg: ModelConfig, ways: int = 1) -> Params:
     """The stacked parameters of the language model as one tree a layer, for generation.
 
     Slicing a layer out of stacked weights copies it in every step on some platforms (a CPU decodes
     six times slower). Of host arrays views are taken, of device arrays copies.
 
+    Args:
+      p: as described by `leaves`.
+      cfg: sizes and placement.
+      ways: devices that experts are split over, a divisor of E.
+
     Returns:
       `blocks`, a tuple of {"layers": ..., "mlp" or "moe": ...} whose experts are a tuple of trees,
-      and `embed`, `final_ln`, `lm_head` as they were.
+      and `embed`, `final_ln`, `lm_head` as they were. Over several `ways` a device owns E / ways
+      neighbouring experts, and tree i holds the i-th of every device, [ways, ...].
     """
     blocks, before = [], {"mlp": 0, "moe": 0}
     for i in range(cfg.llm.layers):
@@ -224,7 +230,7 @@ def unstack(p: Params, cfg: ModelConfig) -> Params:
         before[kind] += 1
         if kind == "moe":
             assert cfg.moe is not None
-            each = tuple(experts.expert(ffn["experts"], e) for e in range(cfg.moe.experts))
+            each = experts.separate(ffn["experts"], cfg.moe.experts, ways)
             ffn = ffn | {"experts": each}
         blocks.append({"layers": jax.tree.map(lambda a, i=i: a[i], p["layers"]), kind: ffn})
     return {"blocks": tuple(blocks)} | {k: p[k] for k in ("embed", "final_ln", "lm_head")}

@@ -1,13 +1,16 @@
 """sum_k w_k expert_k(x): a slow, obvious form and the ones that run, with the same parameters.
 
-The experts' parameters are stacked ([E, ...] leaves) or a tuple of E trees. The second form is what
-`decoder.unstack` makes for generation: an expert can then be read without copying it first.
+The experts' parameters are stacked ([E, ...] leaves) or a tuple of trees (`separate`). The second
+form is what `decoder.unstack` makes for generation: an expert can then be read without copying it
+first.
 """
 
 from __future__ import annotations
 
 import logging
 from functools import cache, partial
+from math import prod
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +23,17 @@ from medmoe_jax.models.layers import Array, Params
 from medmoe_jax.models.tiles import tiled
 
 AXIS = "expert"  # the mesh axis that experts are split over, named as in `config.MeshConfig`
+ROWS = "data"  # the one that conversations are split over in generation
+LAST = ("fc2", "down")  # linear layers that FFNs end with
+
+
+def separate(p: Params, n_experts: int, ways: int) -> tuple[Params, ...]:
+    """Stacked experts as a tuple of E / ways trees, the i-th of which holds the i-th expert of each
+    of `ways` devices: [ways, ...], or a plain tree where `ways` is 1."""
+    n = n_experts // ways
+    if ways == 1:
+        return tuple(expert(p, e) for e in range(n))
+    return tuple(jax.tree.map(lambda a, i=i: a[i::n], p) for i in range(n))
 
 
 def reference(p: Experts, x: Array, choice: Array, weight: Array, n_experts: int) -> Array:
@@ -111,10 +125,72 @@ def spread(p: Params, x: Array, choice: Array, weight: Array, n_experts: int) ->
     return split(p, x, choice, weight)
 
 
-def _obstacle(p: Experts, rows: int, n_experts: int, mesh: AbstractMesh) -> str:
+def stationary(
+    p: tuple[Params, ...], x: Array, choice: Array, weight: Array, n_experts: int
+) -> Array:
+    """The form of generation on a mesh: weights stay where they are, and few numbers travel.
+
+    Rows are split over the axis ROWS; the other devices all see the same tokens. Each runs its own
+    experts, and of each its share of the hidden layer, on the tokens that chose them; the sum of
+    what they give is the result. No token is dropped.
+
+    Args:
+      p: experts of `separate`, with the size of AXIS as `ways`, or 1.
+      x, choice, weight: as in `reference`. B need not be a multiple of anything.
+      n_experts: E.
+
+    Returns:
+      [B, T, D] in the dtype of x.
+    """
+    mesh, n = jax.sharding.get_abstract_mesh(), len(p)
+    rows = (ROWS,) if ROWS in mesh.shape and len(x) % mesh.shape[ROWS] == 0 else ()
+    owners = (AXIS,) if n < n_experts else ()
+    ffn = next(v["kernel"].shape[-2] for k, v in p[0].items() if k in LAST)
+    # The order in which `sharding.GENERATION` names them.
+    hidden = tuple(sorted(axis for axis in mesh.axis_names if axis not in (ROWS, *owners)))
+    while hidden and ffn % prod(mesh.shape[axis] for axis in hidden):
+        hidden = hidden[:-1]
+
+    def run(p: tuple[Params, ...], x: Array, choice: Array, weight: Array) -> Array:
+        x, choice, weight = _varying((x, choice, weight), (*owners, *hidden))
+        if owners:
+            p = tuple(expert(tree, 0) for tree in p)
+            mine = choice - n * jax.lax.axis_index(AXIS)
+            choice = jnp.where((mine >= 0) & (mine < n), mine, n)
+        if hidden:
+            p = tuple(_bias_once(tree, jax.lax.axis_index(hidden) == 0) for tree in p)
+        y = _on_one_device(_varying(p, rows), x, choice, weight, n)
+        return jax.lax.psum(y, (*owners, *hidden)) if owners or hidden else y
+
+    def place(path: Any, _: Array) -> P:
+        last, kernel = path[-2].key in LAST, path[-1].key == "kernel"
+        axes = (
+            ((hidden, None) if last else (None, hidden)) if kernel else (None if last else hidden,)
+        )
+        return P(*owners, *axes)
+
+    tokens = P(rows)
+    specs = jax.tree_util.tree_map_with_path(place, p), tokens, tokens, tokens
+    return jax.shard_map(run, in_specs=specs, out_specs=tokens)(p, x, choice, weight)
+
+
+def _varying(tree: Any, axes: tuple[str, ...]) -> Any:
+    """`tree` in a `shard_map` as values that may differ along `axes`."""
+    return jax.lax.pcast(tree, axes, to="varying") if axes else tree
+
+
+def _bias_once(p: Params, here: Array) -> Params:
+    """An FFN that adds its last bias on one of the devices that share its hidden layer."""
+
+    def one(path: Any, a: Array) -> Array:
+        last_bias = path[-2].key in LAST and path[-1].key == "bias"
+        return jnp.where(here, a, jnp.zeros_like(a)) if last_bias else a
+
+    return jax.tree_util.tree_map_with_path(one, p)
+
+
+def _obstacle(p: Params, rows: int, n_experts: int, mesh: AbstractMesh) -> str:
     """Why `spread` cannot be used; "" if it can."""
-    if isinstance(p, tuple):
-        return "generation keeps each expert by itself"
     if AXIS not in mesh.shape:
         return f"the mesh has no axis {AXIS!r}"
     if n_experts % mesh.shape[AXIS]:
@@ -133,14 +209,15 @@ def _warn(obstacle: str) -> None:
 def mixture(p: Experts, x: Array, choice: Array, weight: Array, n_experts: int) -> Array:
     """The form for the devices at hand. Arguments and result as in `reference`.
 
-    Over several devices it is `spread` where the numbers divide, else `reference`, and the log
-    tells.
+    Over several devices it is `stationary` in generation and `spread` in training where the numbers
+    divide, else `reference`, and the log tells.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size <= 1:
         return _on_one_device(p, x, choice, weight, n_experts)
+    if isinstance(p, tuple):
+        return stationary(p, x, choice, weight, n_experts)
     if obstacle := _obstacle(p, len(x), n_experts, mesh):
         _warn(obstacle)
         return reference(p, x, choice, weight, n_experts)
-    assert isinstance(p, dict)
     return spread(p, x, choice, weight, n_experts)
