@@ -152,14 +152,13 @@ def stationary(
         hidden = hidden[:-1]
 
     def run(p: tuple[Params, ...], x: Array, choice: Array, weight: Array) -> Array:
-        x, choice, weight = _varying((x, choice, weight), (*owners, *hidden))
         if owners:
             p = tuple(expert(tree, 0) for tree in p)
             mine = choice - n * jax.lax.axis_index(AXIS)
             choice = jnp.where((mine >= 0) & (mine < n), mine, n)
         if hidden:
             p = tuple(_bias_once(tree, jax.lax.axis_index(hidden) == 0) for tree in p)
-        y = _on_one_device(_varying(p, rows), x, choice, weight, n)
+        y = _on_one_device(p, x, choice, weight, n)
         return jax.lax.psum(y, (*owners, *hidden)) if owners or hidden else y
 
     def place(path: Any, _: Array) -> P:
@@ -171,12 +170,9 @@ def stationary(
 
     tokens = P(rows)
     specs = jax.tree_util.tree_map_with_path(place, p), tokens, tokens, tokens
-    return jax.shard_map(run, in_specs=specs, out_specs=tokens)(p, x, choice, weight)
-
-
-def _varying(tree: Any, axes: tuple[str, ...]) -> Any:
-    """`tree` in a `shard_map` as values that may differ along `axes`."""
-    return jax.lax.pcast(tree, axes, to="varying") if axes else tree
+    # Nothing is derived here, and kernels do not say along which axes their results vary.
+    form = jax.shard_map(run, in_specs=specs, out_specs=tokens, check_vma=False)
+    return form(p, x, choice, weight)
 
 
 def _bias_once(p: Params, here: Array) -> Params:
