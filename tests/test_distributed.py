@@ -166,6 +166,62 @@ def test_two_processes_with_two_devices_each(folder: Path) -> None:
     assert_same_run(folder / "alone", folder / "two")
 
 
+@pytest.mark.slow
+def test_two_processes_evaluate_and_skip(folder: Path) -> None:
+    """The figures of one process; a row that cannot be used is named once, whoever found it."""
+    data = folder / "broken"
+    questions = tiny_runs.save_questions(data)
+    (data / "images" / "i5.png").write_bytes(b"no image")
+    flags = (
+        *(f"--config.data.files=('{questions}',)", f"--config.data.image_folder={data / 'images'}"),
+        *("--config.data.on_error=skip", f"--config.evaluation.every={STEPS}"),
+        *(f"--config.evaluation.file={questions}", "--config.evaluation.rows=4"),
+        "--config.evaluation.max_new_tokens=3",
+    )
+    found = {}
+    for processes in (1, 2):
+        workdir = folder / f"evaluated{processes}"
+        Run(folder, workdir, processes, 1, *flags).finish()
+        lines = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
+        figures = [line for line in lines if any(key.startswith("val/") for key in line)]
+        skipped = (workdir / "skipped.jsonl").read_text().splitlines()
+        assert [json.loads(line)["row"] for line in skipped] == [5]
+        found[processes] = figures
+    assert len(found[1]) == 1 and found[1] == found[2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "second"), [(1, 2), (2, 4), (4, 2)])
+def test_preempted(folder: Path, first: int, second: int) -> None:
+    """SIGTERM to the last process: all save the same step and end with status 75, and others go
+    on."""
+    workdir = folder / f"preempted{first}"
+    run = Run(folder, workdir, first, 1)
+    metrics, deadline = workdir / "metrics.jsonl", time.monotonic() + 200
+    while not (metrics.exists() and metrics.read_text().count("\n") > 6):
+        assert run.parts[0].poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    run.parts[-1].send_signal(signal.SIGTERM)
+    said = [part.communicate(timeout=120)[0] for part in run.parts]
+    assert [part.returncode for part in run.parts] == [distributed.PREEMPTED] * first, said
+    assert "which is saved" in said[0]
+    assert not (workdir / "model").exists()
+    again, *_ = Run(folder, workdir, second, 1).finish()
+    assert "resumed at step" in again
+    assert_same_run(folder / "alone", workdir)
+
+
+def test_sigterm_is_a_question() -> None:
+    """In one process; afterwards the signal means what it meant before."""
+    before = signal.getsignal(signal.SIGTERM)
+    with distributed.preemption() as ends:
+        assert not ends(1)
+        signal.raise_signal(signal.SIGTERM)
+        assert ends(2)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert distributed.gathered(["a", 1]) == [["a", 1]]
+
+
 @pytest.mark.parametrize(
     ("processes", "devices"), [(1, 4), pytest.param(4, 1, marks=pytest.mark.slow)]
 )
