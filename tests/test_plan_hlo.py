@@ -209,3 +209,24 @@ def test_slices_move_what_they_take() -> None:
     assert found.traffic == pytest.approx(2 * 6400, abs=8)
     line = "%y = f32[8,16,100] fusion(%x, %u), kind=kLoop, calls=%f"
     assert hlo.work(module(stack, one, line, computations="%f " + write)).traffic == 2 * 6400
+
+
+def test_a_kernel_that_describes_itself_over_several_lines() -> None:
+    """What comes behind it still belongs to the program, and its FLOPs are read."""
+    kernel = '%k = f32[16,100] custom-call(%x), custom_call_target="tpu_custom_call", config={'
+    kernel += '"note": "a\n}}, b", "cost_estimate":{"flops":"77","transcendentals":"0"}\n}}'
+    product = "ROOT %y = f32[16,16] dot(%k, %k), lhs_contracting_dims={1}, rhs_contracting_dims={1}"
+    assert hlo.work(module(X, kernel, product)).flops == 77 + 2 * 16 * 16 * 100
+
+
+@pytest.mark.parametrize("dtype", ["s32", "u32"])
+def test_loops_whose_rounds_are_in_their_condition(dtype: str) -> None:
+    """TPUs do not note the number of rounds; a product beside a gather counts in u32."""
+    body = f"%c (q: {dtype}[]) -> pred[] {{\n  %n = {dtype}[] constant(4)\n"
+    body += f"  %q = {dtype}[] parameter(0)\n"
+    body += "  ROOT %l = pred[] compare(%q, %n), direction=LT\n}\n\n"
+    body += f"%b (p: {dtype}[]) -> {dtype}[] {{\n  %a = f32[8,8] iota()\n"
+    body += "  %d = f32[8,8] dot(%a, %a), lhs_contracting_dims={1}, rhs_contracting_dims={0}\n}\n"
+    loop = f"ROOT %w = {dtype}[] while(%x), condition=%c, body=%b"
+    found = hlo.work(module(f"%x = {dtype}[] parameter(0)", loop, computations=body))
+    assert found.flops == 4 * 2 * 8**3 and not found.endless

@@ -28,8 +28,17 @@ FREE = {
     "replica-id", "opt-barrier", "while", "conditional", "call", "iota", "domain",
 }  # fmt: skip
 SLICES = ("dynamic-slice", "slice", "gather")
+COUNTERS = ("s32", "u32")  # of loops
 # Custom calls that stand for no work of their own.
-MARKERS = ("Sharding", "AsyncCollective", "AllocateBuffer", "AssumeGatherIndicesInBound", "barrier")
+MARKERS = (
+    "Sharding",
+    "AsyncCollective",
+    "AllocateBuffer",
+    "AssumeGatherIndicesInBound",
+    "barrier",
+    "Bitcast",
+    "Bitpacked",
+)
 
 
 @dataclass(frozen=True)
@@ -170,16 +179,18 @@ def _op(line: str) -> Op | None:
 def parse(text: str) -> tuple[dict[str, Computation], str]:
     """The computations of a module by name, and the name of the first to run."""
     found: dict[str, Computation] = {}
-    entry, current = "", None
+    entry, current, last = "", None, None
     for line in text.splitlines():
         header = re.match(r"^(ENTRY\s+)?%?([\w.\-]+) \(.*\{\s*$", line)
         if header and not _LINE.match(line):
             current = found.setdefault(header.group(2), {})
             entry = header.group(2) if header.group(1) else entry
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":
             current = None
         elif current is not None and (op := _op(line)):
-            current[op.name] = op
+            current[op.name] = last = op
+        elif current is not None and last is not None:
+            last.attributes += line  # what a kernel says of itself may go over several lines
     return found, entry
 
 
@@ -256,7 +267,7 @@ class _Reader:
         """Rounds of a loop that counts from 0 up to a constant."""
         ops = list(self._inside(condition))
         below = [op for op in ops if op.kind == "compare" and "direction=LT" in op.attributes]
-        limits = [op for op in ops if op.kind == "constant" and op.shapes[0].dtype == "s32"]
+        limits = [op for op in ops if op.kind == "constant" and op.shapes[0].dtype in COUNTERS]
         others = {"parameter", "get-tuple-element", "compare", "constant", "fusion", "copy"}
         if len(below) != 1 or len(limits) != 1 or {op.kind for op in ops} - others:
             return None
