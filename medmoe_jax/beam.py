@@ -159,7 +159,7 @@ def search(
       Ids (the end included) and their log-probabilities; empty for a row without a prompt.
     """
     wide = generate.with_room(generate.repeat(state, how.beams), how.max_new_tokens)
-    best = jax.device_get(
+    best = sharding.on_host(
         _search(
             p,
             cfg,
@@ -173,7 +173,7 @@ def search(
             most=generate.bucket(how.max_new_tokens),
         )
     )
-    lengths = np.where(np.asarray(state.seen).any(-1), best.lengths[:, 0], 0)
+    lengths = np.where(sharding.on_host(state.seen).any(-1), best.lengths[:, 0], 0)
     return [
         (best.ids[row, 0, :n].tolist(), best.log_probs[row, 0, :n].tolist())
         for row, n in enumerate(lengths)

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 from PIL import Image
 
-from medmoe_jax import beam, generate, sampling
+from medmoe_jax import beam, generate, sampling, sharding
 from medmoe_jax.config import MODALITIES, ModelConfig
 from medmoe_jax.data import images, medical, merge, templates, tokens
 from medmoe_jax.data.problems import DataError
@@ -168,6 +168,7 @@ class Responder:
         how = self.with_stop(sampling or Sampling())
         seeds = [r.seed for r in requests]
         state, posterior = self.read(requests, min(EVERY, how.max_new_tokens), how, rows)
+        posterior = sharding.on_host(posterior)
         scored = any(r.options for r in requests)
         options = self._score_options(requests, state) if scored else None
         left = self.left(state)[: len(requests)]
@@ -303,11 +304,11 @@ class Responder:
 
     def left(self, state: generate.State) -> list[int]:
         """For each row, how many ids its answer may have before the model's positions end."""
-        return (self.config.llm.max_positions - np.asarray(state.count)).tolist()
+        return (self.config.llm.max_positions - sharding.on_host(state.count)).tolist()
 
     def replies(self, found: generate.Answers, left: Sequence[int], how: Sampling) -> list[Reply]:
         """What was said so far in the first rows, cut at stop texts and where nothing is left."""
-        ids, log_probs, lengths = jax.device_get((found.ids, found.log_probs, found.lengths))
+        ids, log_probs, lengths = sharding.on_host((found.ids, found.log_probs, found.lengths))
         return [
             self._reply(row[:n].tolist(), probs[:n].tolist(), how)
             for row, probs, n in zip(
@@ -356,7 +357,7 @@ class Responder:
         with self.on_devices():
             repeated = generate.with_room(generate.repeat(state, many), length)
             scores, _ = generate.score(self.params, self.config, repeated, batch, self.dtype)
-        table = np.asarray(scores).reshape(-1, many)
+        table = sharding.on_host(scores).reshape(-1, many)
         return [table[row, : len(options)].tolist() for row, options in enumerate(each)]
 
     def answer_ids(self, answer: str) -> list[int]:

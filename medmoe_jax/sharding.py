@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -177,6 +178,18 @@ def place_batch(batch: dict[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
     own rows."""
     placement = NamedSharding(mesh, P(AXES))
     return {k: jax.make_array_from_process_local_data(placement, v) for k, v in batch.items()}
+
+
+def on_host(tree: Any) -> Any:
+    """What lies on devices as host arrays; where some of it lies on those of other processes, all
+    processes must call this, and all get the whole."""
+
+    def one(leaf: jax.Array) -> np.ndarray:
+        if leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return np.asarray(leaf)
+        return multihost_utils.process_allgather(leaf, tiled=True)
+
+    return jax.tree.map(one, tree)
 
 
 def own_rows(values: jax.Array) -> np.ndarray:

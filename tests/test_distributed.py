@@ -172,8 +172,8 @@ def test_two_processes_evaluate_and_skip(folder: Path) -> None:
     data = folder / "broken"
     questions = tiny_runs.save_questions(data)
     (data / "images" / "i5.png").write_bytes(b"no image")
+    (data / "start").symlink_to(folder / "start")
     flags = (
-        *(f"--config.data.files=('{questions}',)", f"--config.data.image_folder={data / 'images'}"),
         *("--config.data.on_error=skip", f"--config.evaluation.every={STEPS}"),
         *(f"--config.evaluation.file={questions}", "--config.evaluation.rows=4"),
         "--config.evaluation.max_new_tokens=3",
@@ -181,7 +181,7 @@ def test_two_processes_evaluate_and_skip(folder: Path) -> None:
     found = {}
     for processes in (1, 2):
         workdir = folder / f"evaluated{processes}"
-        Run(folder, workdir, processes, 1, *flags).finish()
+        Run(data, workdir, processes, 1, *flags).finish()
         lines = [json.loads(x) for x in (workdir / "metrics.jsonl").read_text().splitlines()]
         figures = [line for line in lines if any(key.startswith("val/") for key in line)]
         skipped = (workdir / "skipped.jsonl").read_text().splitlines()

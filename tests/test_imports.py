@@ -38,7 +38,7 @@ ALLOWED = {
     r"|plan\..*",
     r"layout": r"config|optim|sharding|step|models\..*",
     r"generate|beam": r"config|losses|sampling|sharding|generate|models\..*",
-    r"responder|conversation": r"config|sampling|generate|beam|responder|data\..*",
+    r"responder|conversation": r"config|sampling|sharding|generate|beam|responder|data\..*",
     r"model": r"config|checkpoint|sampling|sharding|generate|responder|conversation|quantize"
     r"|data\..*|convert\.(folder|report)|models\.layers",
     r"quantize": r"config|models\..*",
