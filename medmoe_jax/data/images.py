@@ -35,7 +35,17 @@ from medmoe_jax.data.size import MAX_PIXELS, check_pixels
 
 WHITE = (255, 255, 255)
 MAX_WORK_PIXELS = 4 * MAX_PIXELS  # after padding to a square, or after resizing
-FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM", "JPEG2000")  # no scripts
+SUFFIXES = {
+    "PNG": (".png",),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "BMP": (".bmp", ".dib"),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "WEBP": (".webp",),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+    "JPEG2000": (".jp2", ".j2k", ".jpx", ".jpf", ".jpc", ".j2c"),
+}  # Pillow's format -> suffixes, the usual one first; no scripts
+FORMATS = tuple(SUFFIXES)
 _ORIENTATION = 0x0112  # EXIF tag
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

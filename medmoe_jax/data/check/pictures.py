@@ -21,15 +21,7 @@ from medmoe_jax.data.problems import DataError
 SMALLEST = 16  # pixels of the shorter edge; below it there is little to see
 LONGEST = 20  # ratio of the edges
 THUMB = 32  # pixels
-ENDINGS = {
-    "PNG": (".png",),
-    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
-    "BMP": (".bmp", ".dib"),
-    "GIF": (".gif",),
-    "TIFF": (".tif", ".tiff"),
-    "WEBP": (".webp",),
-    "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
-    "JPEG2000": (".jp2", ".j2k", ".jpx", ".jpf", ".jpc", ".j2c"),
+ENDINGS = images.SUFFIXES | {
     medical.DICOM: medical.DICOM_NAMES,
     medical.NIFTI: (".nii", ".gz"),
 }

@@ -20,17 +20,6 @@ from medmoe_jax.data import images, medical
 from medmoe_jax.data.prepare.types import Picture
 from medmoe_jax.data.problems import DataError
 
-SUFFIXES = {
-    "PNG": (".png",),
-    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
-    "BMP": (".bmp", ".dib"),
-    "GIF": (".gif",),
-    "TIFF": (".tif", ".tiff"),
-    "WEBP": (".webp",),
-    "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
-    "JPEG2000": (".jp2", ".j2k", ".jpx"),
-}  # Pillow's format -> suffixes, the usual one first
-
 
 class Store:
     """The folder of images while it is written; a context manager."""
@@ -137,7 +126,7 @@ def _missing_suffix(name: str, data: bytes) -> str:
     """
     try:
         with Image.open(io.BytesIO(data), formats=images.FORMATS) as image:
-            known = SUFFIXES[str(image.format)] if image.format in SUFFIXES else (".jpg",)
+            known = images.SUFFIXES.get(str(image.format), (".jpg",))
     except Exception as error:  # Pillow's plugins raise errors of many kinds on broken files
         raise DataError(f"image {name!r} is no image that can be read: {error}") from error
     return "" if PurePosixPath(name).suffix.lower() in known else known[0]
