@@ -7,6 +7,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import miniature_llava_med
+import miniature_medmnist
 import miniature_sources as mini
 import pytest
 import tiny_runs
@@ -20,6 +22,32 @@ pytestmark = pytest.mark.usefixtures("quick_compile")
 slow = pytest.mark.slow
 
 
+def llava_med(folder: Path) -> Path:
+    """Four conversations, one of each modality."""
+    miniature_llava_med.images(folder / "images", 4)
+    flags = ("chest_xray", "mri", "histology", "ct_scan")
+    rows = [miniature_llava_med.instructed(i, flag) for i, flag in enumerate(flags)]
+    miniature_llava_med.write_json(folder / "llava_med_instruct_60k_inline_mention.json", rows)
+    return folder
+
+
+def pneumonia(folder: Path) -> Path:
+    """Two classes of X-ray."""
+    miniature_medmnist.medmnist(folder, "pneumoniamnist")
+    return folder
+
+
+def table(folder: Path) -> Path:
+    """One's own CSV, a question of each type in both splits."""
+    lines = ["image,question,answer,answer_type,modality,split"]
+    for i, split in enumerate(("train", "train", "test", "test")):
+        mini.put(folder / f"{i}.png", mini.picture(i, "PNG"))
+        closed = i % 2 == 0
+        asked = ("Is it large?", "no", "closed") if closed else ("What is it?", "a lung", "open")
+        lines.append(",".join((f"{i}.png", *asked, "CT", split)))
+    return mini.put(folder / "mine.csv", ("\n".join(lines) + "\n").encode())
+
+
 @pytest.mark.parametrize(
     ("name", "make", "more"),
     [
@@ -28,6 +56,9 @@ slow = pytest.mark.slow
         pytest.param("vqa_rad", mini.vqa_rad_mirror, [], marks=slow),
         pytest.param("path_vqa", mini.path_vqa, [], marks=slow),
         pytest.param("med_moe", mini.med_moe, [], marks=slow),
+        pytest.param("medmnist", pneumonia, [], marks=slow),
+        pytest.param("llava_med", llava_med, [], marks=slow),
+        pytest.param("custom", table, [], marks=slow),
     ],
 )
 def test_the_whole_way(
@@ -55,12 +86,15 @@ def test_the_whole_way(
               (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]  # fmt: skip
     assert len(losses) == 20 and sum(losses[-4:]) < 0.8 * sum(losses[:4])
 
-    asked = lines(out / "test.jsonl")
+    held_out = out / "test.jsonl"
+    if not held_out.exists():  # LLaVA-Med is for training alone
+        held_out = out / "train.jsonl"
+    asked = lines(held_out)
     answers = tmp_path / "answers.jsonl"
-    options = ["--model-path", tmp_path / "run" / "model", "--question-file", out / "test.jsonl"]
+    options = ["--model-path", tmp_path / "run" / "model", "--question-file", held_out]
     options += ["--image-folder", out / "images", "--answers-file", answers]
     options += ["--max-new-tokens", "4"]
     assert predict.predict(predict.arguments().parse_args(list(map(str, options)))) == 0
     assert [str(row["question_id"]) for row in lines(answers)] == [row["id"] for row in asked]
-    report = evaluate.evaluate(out / "test.jsonl", answers, metric="strict", samples=10)
+    report = evaluate.evaluate(held_out, answers, metric="strict", samples=10)
     assert (report["n"], report["errors"]) == (len(asked), {})
