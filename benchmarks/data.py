@@ -203,7 +203,7 @@ def main() -> None:
     if args.quick:
         args.samples, args.batches, args.repeats = 32, 3, 1
     torch.set_num_threads(1)
-    where = conditions() | {"step": args.step, "batch_size": args.batch_size}
+    where = conditions(1) | {"step": args.step, "batch_size": args.batch_size}
     with tempfile.TemporaryDirectory() as scratch:
         figures = measure(args, Path(scratch))
     text = table(figures, where)
