@@ -110,12 +110,13 @@ class Reporter:
         rate: Callable[[int], Any],
         samples: Sequence[Sample],
         costs: Costs,
+        patches: int,
     ) -> None:
         self._every, self._total, self._rate = cfg.log.every, total, rate
         self._samples, self._costs = samples, costs
         peak = hardware.peak(jax.devices()[0].device_kind, cfg.compute_dtype)
         self._peak = None if peak is None else peak * jax.device_count()
-        self._patches = cfg.model.vision.patches
+        self._patches = patches
         self._writer = MetricWriter(workdir, first, cfg.log.tensorboard) if leads() else None
         self._bar = tqdm(
             total=total,

@@ -212,7 +212,8 @@ def train(cfg: RunConfig, workdir: Path) -> None:
     validation = Validation(cfg, model, mesh) if cfg.evaluation.every else None
     run_step, trace = step.make_step(cfg, model, tx, state), Trace(cfg, workdir)
     rate, costs = optim.schedule(cfg.optim, total), flops.costs(cfg, model, label)
-    reporter = Reporter(cfg, workdir, first, total, rate, data.samples, costs)
+    patches = model.vision.patches
+    reporter = Reporter(cfg, workdir, first, total, rate, data.samples, costs, patches)
     with (
         closing(checkpoints),
         closing(stream),

@@ -123,17 +123,19 @@ def test_utilisation(known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """A run reports model FLOPs a second, and their share of the peak where that is known."""
     model = small_models.config()
     monkeypatch.setattr(hardware, "peak", lambda kind, dtype: 1e6 if known else None)
-    cfg = RunConfig(model=model, log=LogConfig(every=1, tensorboard=False))
-    unit = flops.Costs(token=2.0, pair=0.0, image=0.0)
+    cfg = RunConfig(log=LogConfig(every=1, tensorboard=False))  # its model is not the one
+    unit = flops.Costs(token=2.0, pair=0.0, image=5.0)
+    patches = model.vision.patches
     batch = small_models.batch(model, (1, 0)) | {"row": np.arange(2)}
     metrics = {name: jnp.ones(()) for name in ("loss", "grad_norm")} | {"rows": jnp.ones(2)}
-    with closing(Reporter(cfg, tmp_path, 0, 1, lambda step: 0.0, (), unit)) as reporter:
+    with closing(Reporter(cfg, tmp_path, 0, 1, lambda step: 0.0, (), unit, patches)) as reporter:
         reporter.add(1, metrics, batch, waited=0.5)
         reporter.flush()
     row = json.loads((tmp_path / "metrics.jsonl").read_text())
-    work = 2.0 * batch["mask"].sum()
+    tokens = batch["mask"].sum()
+    work = 2.0 * tokens + 5.0  # one image
     assert row["model_flops_per_second"] == pytest.approx(work / row["seconds"])
-    assert row["tokens_per_second"] == pytest.approx(work / 2 / row["seconds"])
+    assert row["tokens_per_second"] == pytest.approx(tokens / row["seconds"])
     assert row["data_seconds"] == 0.5
     share = work / row["seconds"] / (1e6 * jax.device_count())
     assert row.get("mfu") == (pytest.approx(share) if known else None)
