@@ -1,5 +1,6 @@
 # make demo   the whole path on phantom data: train all phases, evaluate, convert back (LLM=stablelm)
 # make test   the test suite            make lint   ruff            make types   pyright
+# make docs   the documentation site, in build/docs/site
 #
 # The active Python is used if it has all packages; otherwise an environment is made in .venv.
 
@@ -11,7 +12,7 @@ WORKDIR ?= runs/demo_$(LLM)
 
 PACKAGES := absl chex flax grain jax ml_collections numpy optax orbax.checkpoint PIL safetensors \
   tensorboardX tensorflow_datasets tqdm transformers torch pytest ruff pyright nltk sacrebleu \
-  sklearn scipy matplotlib nibabel pydicom pylibjpeg
+  sklearn scipy matplotlib nibabel pydicom pylibjpeg zensical mkdocstrings
 COMPLETE := $(shell $(PYTHON) -c 'import importlib.util as u, sys; \
   sys.exit(not all(u.find_spec(n) for n in "$(PACKAGES)".split()))' >/dev/null 2>&1 && echo yes)
 
@@ -23,7 +24,7 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/.complete
 endif
 
-.PHONY: demo test lint types clean
+.PHONY: demo test lint types docs clean
 
 demo: $(READY)
 	$(RUN) -m medmoe_jax.demo --workdir $(WORKDIR) --llm $(LLM) --seed $(SEED)
@@ -37,6 +38,9 @@ lint: $(READY)
 
 types: $(READY)
 	$(RUN) -m pyright --pythonpath "$$($(RUN) -c 'import sys; print(sys.executable)')"
+
+docs: $(READY)
+	$(RUN) docs/build.py
 
 $(VENV)/.complete: pyproject.toml constraints.txt
 	@echo "installing into $(VENV), some minutes on a slow connection"

@@ -210,9 +210,11 @@ def score(
     """Log-likelihood of given continuations of the conversations.
 
     Args:
-      p, cfg, dtype: as for `extend`.
+      p: as for `extend`, like `cfg` and `dtype`.
+      cfg: shapes.
       state: with T free places in its cache at least; it can be used again.
       batch: tokens i32[B, T], image_pos i32[B, T] (-1), mask bool[B, T], padded on the right.
+      dtype: of the computation.
 
     Returns:
       f32[B] sums over a row's tokens, and i32[B] their number.
@@ -351,10 +353,16 @@ def answers(
     """Answers to the prompts in `state`, looked at after every `every` ids.
 
     Args:
-      p, cfg, eos, knobs, dtype, draw, keep_logits: as in `begin` and `advance`.
+      p: as in `advance`, like `cfg` and `dtype`.
+      cfg: shapes.
       state: after `extend` or `read`.
+      eos: as in `begin`, like `knobs`, `draw` and `keep_logits`.
+      knobs: settings that the device reads.
       max_new: most ids of an answer.
       every: ids between two looks; the device runs alone in between.
+      dtype: of the computation.
+      draw: whether ids are drawn; else the likeliest is taken.
+      keep_logits: whether the logits of each id are kept.
 
     Yields:
       The state (without the last id of each row in its cache) and the answers so far; the last pair

@@ -89,7 +89,8 @@ def update(
       tx: from `make`.
       grads: gradients of `train`.
       state: optimiser state.
-      train, frozen: parameters, see `split`.
+      train: parameters that train, see `split`.
+      frozen: the others.
 
     Returns:
       New trainable parameters and optimiser state.

@@ -39,7 +39,7 @@ def evaluate(
     Returns:
       n, accuracy (of samples: argmax of the posterior over all layers and image tokens, or over
       all tokens where there is no image), token_accuracy (every token of every layer by itself),
-      confusion [true][predicted] with its class names.
+      confusion (rows true, columns predicted) with its class names.
     """
     placed = jnp.asarray(mixture.layers(model.llm.layers))
 

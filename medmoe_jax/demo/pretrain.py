@@ -78,7 +78,10 @@ def vision(
       images: uint8[N, H, W, 3].
       facts: name -> i32[N] class ids, -1 where a fact does not apply.
       patches: i32[N, I] class ids of what each patch shows, 0 = nothing special.
-      steps, batch, lr, seed: of the training.
+      steps: of AdamW.
+      batch: rows of a step.
+      lr: peak learning rate.
+      seed: of the start and of the order.
 
     Returns:
       Parameters of the tower (f32) and the mean accuracy of the facts over the last tenth of the
@@ -158,7 +161,10 @@ def language(
       cfg: shapes; the vision part is not used.
       tokens: i32[N, T], a document a row.
       weights: f32[N, T] of each token in the loss, 0 for padding.
-      steps, batch, lr, seed: of the training.
+      steps: of AdamW.
+      batch: rows of a step.
+      lr: peak learning rate.
+      seed: of the start and of the order.
 
     Returns:
       Parameters of the language model (f32) and the mean loss over the last tenth of the steps.

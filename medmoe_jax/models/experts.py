@@ -97,7 +97,9 @@ def spread(p: Params, x: Array, choice: Array, weight: Array, n_experts: int) ->
 
     Args:
       p: stacked parameters, E a multiple of the axis' size.
-      x, choice, weight: as in `reference`, B a multiple of the number of devices.
+      x: as in `reference`, like `choice` and `weight`; B a multiple of the number of devices.
+      choice: experts of each token.
+      weight: of each choice.
       n_experts: E.
 
     Returns:
@@ -136,7 +138,9 @@ def stationary(
 
     Args:
       p: experts of `separate`, with the size of AXIS as `ways`, or 1.
-      x, choice, weight: as in `reference`. B need not be a multiple of anything.
+      x: as in `reference`, like `choice` and `weight`; B need not be a multiple of anything.
+      choice: experts of each token.
+      weight: of each choice.
       n_experts: E.
 
     Returns:

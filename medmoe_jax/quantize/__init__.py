@@ -135,7 +135,8 @@ def sizes(
       cfg: shapes.
       bits: 8 or 4; 0 = not quantized.
       dtype: of what is not quantized, the router excepted, which is float32.
-      group, parts: see `quantize`.
+      group: see `quantize`.
+      parts: see `quantize`.
     """
 
     def kept(path: Any, leaf: Any) -> Any:
