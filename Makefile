@@ -8,10 +8,11 @@ PYTHON ?= python3
 VENV ?= .venv
 LLM ?= phi
 SEED ?= 0
+WORKERS ?= 2
 WORKDIR ?= runs/demo_$(LLM)
 
 PACKAGES := absl chex flax grain jax ml_collections numpy optax orbax.checkpoint PIL safetensors \
-  tensorboardX tensorflow_datasets tqdm transformers torch pytest ruff pyright nltk sacrebleu \
+  tensorboardX tensorflow_datasets tqdm transformers torch pytest xdist ruff pyright nltk sacrebleu \
   sklearn scipy matplotlib nibabel pydicom pylibjpeg zensical mkdocstrings
 COMPLETE := $(shell $(PYTHON) -c 'import importlib.util as u, sys; \
   sys.exit(not all(u.find_spec(n) for n in "$(PACKAGES)".split()))' >/dev/null 2>&1 && echo yes)
@@ -30,7 +31,7 @@ demo: $(READY)
 	$(RUN) -m medmoe_jax.demo --workdir $(WORKDIR) --llm $(LLM) --seed $(SEED)
 
 test: $(READY)
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(RUN) -m ruff check .

@@ -16,6 +16,9 @@ if jax.__version__.startswith("0.10."):
     os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false".strip()
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# Files of many minutes come first, so that no worker is left alone with one at the end.
+LONGEST_FIRST = ("test_train", "test_sharding", "test_distributed", "test_beam", "test_check")
+
 FIXTURES = Path(__file__).resolve().parents[2] / "shared" / "fixtures"
 
 
@@ -33,3 +36,9 @@ def quick_compile() -> Iterator[None]:
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The order of files in which workers take them."""
+    rank = {name: i for i, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
