@@ -4,9 +4,13 @@ Products are dense (no structured sparsity). float32 on a GPU is TF32, which XLA
 products there; TPUs have no figure for float32. `network` is what one chip can send over all of its
 links at once, one direction; a program that uses some links only gets less.
 
-Sources: Google's pages "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e" (cloud.google.com/tpu/docs);
+Sources: Google's pages of each TPU (docs.cloud.google.com/tpu/docs/v4, v5e, v5p and v6e), whose
+interconnect is the sum of both directions, or half of it in Gbps. That of the v4 names none: its
+six links of 50 GB/s are those of Jouppi et al., "TPU v4: An Optically Reconfigurable Supercomputer
+for Machine Learning", 2023. Earlier versions of the page of the v6e said 1640 GB/s and 3584 Gbps.
 NVIDIA's data sheets "A100 Tensor Core GPU", "H100 Tensor Core GPU" (SXM), "H200 Tensor Core GPU"
-(SXM) and "L4 Tensor Core GPU", which give the sum of both directions of NVLink and PCIe.
+(SXM) and "L4 Tensor Core GPU": FLOP/s marked "with sparsity" are halved here, and so is the
+bandwidth of NVLink and PCIe, which is the sum of both directions.
 """
 
 from __future__ import annotations
@@ -41,7 +45,7 @@ CHIPS = (
         memory=32 * GIB,
         reserve=1.25 * GIB,
         bandwidth=1200 * GB,
-        network=2400 / 8 * GB,
+        network=6 * 50 * GB,
         peak={"bfloat16": 275 * TERA},
     ),
     Chip(
@@ -50,7 +54,7 @@ CHIPS = (
         memory=16 * GIB,
         reserve=0.25 * GIB,
         bandwidth=819 * GB,
-        network=1600 / 8 * GB,
+        network=400 / 2 * GB,
         peak={"bfloat16": 197 * TERA},
     ),
     Chip(
@@ -59,7 +63,7 @@ CHIPS = (
         memory=95 * GIB,
         reserve=0,
         bandwidth=2765 * GB,
-        network=4800 / 8 * GB,
+        network=1200 / 2 * GB,
         peak={"bfloat16": 459 * TERA},
     ),
     Chip(
@@ -67,8 +71,8 @@ CHIPS = (
         ("TPU v6 lite", "TPU v6e"),
         memory=32 * GIB,
         reserve=0.76 * GIB,
-        bandwidth=1640 * GB,
-        network=3584 / 8 * GB,
+        bandwidth=1600 * GB,
+        network=800 / 2 * GB,
         peak={"bfloat16": 918 * TERA},
     ),
     Chip(

@@ -169,6 +169,15 @@ def test_a_collective_behind_products_counts_once() -> None:
         ("bf16[9,9] bf16[9,9]",
          'bf16[9,9] custom-call(%a, %b), custom_call_target="tpu_custom_call", backend_config={'
          '"custom_call_config":{"cost_estimate":{"flops":"1234","transcendentals":"0"}}}', 1234),
+        # 2 rows of 3 heads, 512 places in 4 blocks: 10 of 16 pairs of blocks are computed
+        ("s8[1,4,4] bf16[2,3,512,80]",
+         'bf16[2,3,512,80] custom-call(%a, %b, %b, %b), custom_call_target="tpu_custom_call", '
+         'metadata={op_name="x/splash_mha_fwd_segmented/pallas_call"}',
+         2 * 2 * (2 * 3 * 10 * 128 * 128 * 80)),
+        ("s8[1,1,1] f32[3,128,64]",
+         'f32[3,128,64] custom-call(%a, %b, %b, %b), custom_call_target="tpu_custom_call", '
+         'metadata={op_name="x/splash_mha_dkv_segmented/pallas_call"}',
+         4 * 2 * (3 * 128 * 128 * 64)),
     ],
 )  # fmt: skip
 def test_products_of_other_backends(shapes: str, line: str, want: float) -> None:
@@ -230,3 +239,27 @@ def test_loops_whose_rounds_are_in_their_condition(dtype: str) -> None:
     loop = f"ROOT %w = {dtype}[] while(%x), condition=%c, body=%b"
     found = hlo.work(module(f"%x = {dtype}[] parameter(0)", loop, computations=body))
     assert found.flops == 4 * 2 * 8**3 and not found.endless
+
+
+def test_unrolled_loops_count_in_steps() -> None:
+    """A product beside a gather is done for two shards in a round, and counts them."""
+    state = "(u32[], f32[8,8])"
+    part = "  %p = (u32[], f32[8,8]) parameter(0)\n  %i = u32[] get-tuple-element(%p), index=0\n"
+    body = f"%c (p: {state}) -> pred[] {{\n{part}  %n = u32[] constant(7)\n"
+    body += "  ROOT %l = pred[] compare(%i, %n), direction=LT\n}\n\n"
+    body += f"%b (p: {state}) -> {state} {{\n{part}  %two = u32[] constant(2)\n"
+    body += "  %a = f32[8,8] get-tuple-element(%p), index=1\n  %j = u32[] add(%i, %two)\n"
+    body += "  %d = f32[8,8] dot(%a, %a), lhs_contracting_dims={1}, rhs_contracting_dims={0}\n"
+    body += f"  %k = u32[] copy(%j)\n  ROOT %t = {state} tuple(%k, %d)\n}}\n"
+    loop = f"ROOT %w = {state} while(%x), condition=%c, body=%b"
+    found = hlo.work(module(f"%x = {state} parameter(0)", loop, computations=body))
+    assert found.flops == 4 * 2 * 8**3 and not found.endless
+
+
+def test_grouped_products_skip_rows_that_no_expert_owns() -> None:
+    """The kernel declares FLOPs for all rows that there is room for."""
+    line = 'ROOT %y = f32[16,100] custom-call(%x), custom_call_target="tpu_custom_call", '
+    line += 'metadata={op_name="moe/jit(gmm)/pallas_call"}, backend_config={"custom_call_config":'
+    line += '{"cost_estimate":{"flops":"400","transcendentals":"0"}}}'
+    assert hlo.work(module(X, line), filled=0.25).flops == 100
+    assert hlo.work(module(X, line.replace("gmm", "other")), filled=0.25).flops == 400

@@ -81,7 +81,9 @@ def plan(program: Program, cfg: RunConfig, target: Target, model: str, length: i
     )
     if program.obstacle:
         return result
-    work = hlo.work(program.text)
+    # Devices along `expert` have room for all tokens of each other. Chosen equally often, each of
+    # their experts gets its share.
+    work = hlo.work(program.text, filled=1.0 / program.mesh.get("expert", 1))
     result.memory |= _memory(program)
     result.fits = None if limit is None else result.memory["peak"] <= limit
     result.compiled_flops, result.traffic = work.flops, work.traffic

@@ -14,10 +14,8 @@ from math import prod
 
 import numpy as np
 
-BYTES = {
-    "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4,
-    "s64": 8, "u64": 8, "f16": 2, "bf16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16,
-}  # fmt: skip
+from medmoe_jax.plan.hlo_text import Computation, Op, Shape, parse
+
 COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all",
     "collective-permute", "collective-broadcast",
@@ -29,6 +27,10 @@ FREE = {
 }  # fmt: skip
 SLICES = ("dynamic-slice", "slice", "gather")
 COUNTERS = ("s32", "u32")  # of loops
+# Kernels of splash attention, which do not declare their FLOPs -> products of queries and keys: the
+# backward pass computes the scores again in both of its kernels.
+SPLASH = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
+GROUPED = ("gmm", "tgmm")  # kernels of products of rows with the kernel of their expert
 # Custom calls that stand for no work of their own.
 MARKERS = (
     "Sharding",
@@ -39,59 +41,6 @@ MARKERS = (
     "Bitcast",
     "Bitpacked",
 )
-
-
-@dataclass(frozen=True)
-class Shape:
-    """An array of one device."""
-
-    dtype: str
-    dims: tuple[int, ...]
-    on_chip: bool  # in a TPU's vector or scalar memory: its bytes do not pass the main memory
-
-    @property
-    def size(self) -> float:
-        """Bytes."""
-        return prod(self.dims) * BYTES.get(self.dtype, 1 if self.dtype.startswith("f8") else 0)
-
-    @property
-    def traffic(self) -> float:
-        """Bytes of main memory."""
-        return 0.0 if self.on_chip else self.size
-
-
-@dataclass
-class Op:
-    """One instruction."""
-
-    name: str
-    kind: str
-    shapes: list[Shape]  # of its results
-    operands: list[str]
-    literal: str  # what stands in the brackets: of a constant its value, of a parameter its number
-    attributes: str
-    root: bool
-
-    @property
-    def called(self) -> list[str]:
-        """Names of the computations that it runs."""
-        names = re.findall(r"(?:calls|to_apply|body|condition)=%([\w.\-]+)", self.attributes)
-        for group in re.findall(r"branch_computations=\{([^}]*)\}", self.attributes):
-            names += re.findall(r"%([\w.\-]+)", group)
-        names += re.findall(r"(?:true|false)_computation=%([\w.\-]+)", self.attributes)
-        return names
-
-    def attribute(self, name: str) -> str:
-        """The word behind `name=`; "" if there is none."""
-        found = re.search(rf"\b{name}=(\{{[^}}]*\}}|[^\s,]+)", self.attributes)
-        return found.group(1) if found else ""
-
-    def numbers(self, name: str) -> list[int]:
-        """The list of numbers behind `name=`."""
-        return [int(n) for n in re.findall(r"\d+", self.attribute(name))]
-
-
-Computation = dict[str, Op]
 
 
 @dataclass
@@ -130,72 +79,23 @@ class Work:
         return sum(c.sent for c in self.collectives.values())
 
 
-def work(text: str) -> Work:
-    """What the program does whose optimised HLO is `text` (`Compiled.as_text()`)."""
-    return _Reader(text).total()
+def work(text: str, filled: float = 1.0) -> Work:
+    """What a program does.
+
+    Args:
+      text: its optimised HLO (`Compiled.as_text()`).
+      filled: share of the rows of `models.products` that experts own; the others are skipped.
+    """
+    return _Reader(text, filled).total()
 
 
-def _balanced(text: str, start: int) -> int:
-    """Index behind the bracket that closes the one at `start`."""
-    depth = 0
-    for i in range(start, len(text)):
-        depth += (text[i] == "(") - (text[i] == ")")
-        if depth == 0:
-            return i + 1
-    return len(text)
-
-
-_SHAPE = re.compile(r"\b(\w+)\[([\d,<=]*)\](\{[^}]*\})?")
-_LINE = re.compile(r"^\s*(ROOT\s+)?%?([\w.\-]+) = ")
-
-
-def _shapes(text: str) -> list[Shape]:
-    return [
-        Shape(
-            dtype,
-            tuple(int(d.lstrip("<=")) for d in dims.split(",") if d),
-            bool(re.search(r"S\([1-9]", layout)),
-        )
-        for dtype, dims, layout in _SHAPE.findall(re.sub(r"/\*.*?\*/", "", text))
-    ]
-
-
-def _op(line: str) -> Op | None:
-    head = _LINE.match(line)
-    if not head:
-        return None
-    start = head.end()
-    end = _balanced(line, start) if line[start] == "(" else line.find(" ", start)
-    word = re.compile(r"\s*([\w\-]+)\(").match(line, end)
-    if not word:
-        return None
-    close = _balanced(line, word.end() - 1)
-    literal = line[word.end() : close - 1]
-    operands = re.findall(r"%([\w.\-]+)", literal)
-    shapes, root = _shapes(line[start:end]), bool(head.group(1))
-    return Op(head.group(2), word.group(1), shapes, operands, literal, line[close:], root)
-
-
-def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """The computations of a module by name, and the name of the first to run."""
-    found: dict[str, Computation] = {}
-    entry, current, last = "", None, None
-    for line in text.splitlines():
-        header = re.match(r"^(ENTRY\s+)?%?([\w.\-]+) \(.*\{\s*$", line)
-        if header and not _LINE.match(line):
-            current = found.setdefault(header.group(2), {})
-            entry = header.group(2) if header.group(1) else entry
-        elif line.rstrip() == "}":
-            current = None
-        elif current is not None and (op := _op(line)):
-            current[op.name] = last = op
-        elif current is not None and last is not None:
-            last.attributes += line  # what a kernel says of itself may go over several lines
-    return found, entry
+def _is_element(op: Op) -> bool:
+    return op.kind == "get-tuple-element" and op.shapes[0].dtype in COUNTERS
 
 
 class _Reader:
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, filled: float) -> None:
+        self._filled = filled
         self._computations, self._entry = parse(text)
         partitions = re.search(r"num_partitions=(\d+)", text)
         self._partitions = int(partitions.group(1)) if partitions else 1
@@ -257,21 +157,36 @@ class _Reader:
     def _loop(self, op: Op, fused: bool) -> Work:
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', op.attributes)
         bodies = re.findall(r"(?:body|condition)=%([\w.\-]+)", op.attributes)
-        rounds = int(known.group(1)) if known else self._rounds(op.attribute("condition")[1:])
+        rounds = int(known.group(1)) if known else self._rounds(op)
         total = Work(endless=int(rounds is None))
         for name in bodies:
             total.add(self._computation(name, fused), 1 if rounds is None else rounds)
         return total
 
-    def _rounds(self, condition: str) -> int | None:
+    def _rounds(self, loop: Op) -> int | None:
         """Rounds of a loop that counts from 0 up to a constant."""
+        condition, body = (loop.attribute(name)[1:] for name in ("condition", "body"))
         ops = list(self._inside(condition))
         below = [op for op in ops if op.kind == "compare" and "direction=LT" in op.attributes]
         limits = [op for op in ops if op.kind == "constant" and op.shapes[0].dtype in COUNTERS]
+        read = [op for op in self._computations[condition].values() if _is_element(op)]
         others = {"parameter", "get-tuple-element", "compare", "constant", "fusion", "copy"}
         if len(below) != 1 or len(limits) != 1 or {op.kind for op in ops} - others:
             return None
-        return int(limits[0].literal)
+        step = self._step(body, int(read[0].attribute("index"))) if len(read) == 1 else 1
+        return -(-int(limits[0].literal) // step)
+
+    def _step(self, body: str, index: int) -> int:
+        """What a round adds to element `index` of the loop's state: more than 1 where the loop is
+        unrolled."""
+        within = self._computations[body]
+        root = next(op for op in within.values() if op.root)
+        op = within.get(root.operands[index]) if index < len(root.operands) else None
+        while op is not None and op.kind in ("copy", "bitcast"):
+            op = within.get(op.operands[0])
+        parts = [] if op is None else [within[name] for name in op.operands if name in within]
+        steps = [int(o.literal) for o in parts if o.kind == "constant" and o.literal.isdigit()]
+        return steps[0] if op is not None and op.kind == "add" and len(steps) == 1 else 1
 
     def _inside(self, name: str) -> Iterator[Op]:
         for op in self._computations.get(name, {}).values():
@@ -343,7 +258,8 @@ class _Reader:
         target = op.attribute("custom_call_target").strip('"')
         declared = re.search(r'"cost_estimate":\{[^{}]*?"flops":"?(\d+)', op.attributes)
         if declared:
-            result.flops = float(declared.group(1))
+            grouped = any(f"jit({name})" in op.attributes for name in GROUPED)
+            result.flops = float(declared.group(1)) * (self._filled if grouped else 1.0)
         elif "$gemm" in target or "matmul" in target:
             numbers = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', op.attributes)
             axes = [int(n) for n in re.findall(r"\d+", numbers.group(1))] if numbers else [-1]
@@ -351,6 +267,8 @@ class _Reader:
             result.flops = 2.0 * prod(op.shapes[0].dims) * prod(left[i] for i in axes)
         elif "$fmha" in target:
             result.flops = self._attention(within, op, target)
+        elif products := next((n for name, n in SPLASH.items() if name in op.attributes), 0):
+            result.flops = self._splash(within, op, products)
         elif target and not any(word in target for word in MARKERS):
             name = re.search(r'kernel_name\W+"?([\w\-.]+)', op.attributes)
             result.kernels[name.group(1) if name else target] = 1.0
@@ -366,6 +284,17 @@ class _Reader:
         width = prod(self._operands(within, op)[0].dims) // (b * n * t)
         half = 0.5 if "CAUSAL" in op.attributes else 1.0
         return 2.0 * b * n * t * s * width * half * (5 if "Backward" in target else 2)
+
+    def _splash(self, within: Computation, op: Op, products: int) -> float:
+        """FLOPs of so many products of a splash attention kernel for a TPU.
+
+        Its first operand has a number for each block of queries and keys; blocks above the diagonal
+        are skipped, those on it are computed whole.
+        """
+        given = self._operands(within, op)
+        blocks = given[0].dims[-1]
+        *heads, t, h = next(s.dims for s in given if s.dtype in ("bf16", "f32") and len(s.dims) > 2)
+        return 2.0 * products * prod(heads) * t * t * h * (blocks + 1) / (2 * blocks)
 
     def _traffic(self, within: Computation, op: Op) -> float:
         if op.kind in FREE or op.kind.endswith("-done") or op.kind.startswith("async"):
