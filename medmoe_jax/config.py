@@ -13,6 +13,8 @@ from typing import Any, Self
 
 PLACEMENTS = ("sparse", "first_half", "second_half", "dense")
 MODALITIES = ("CT", "MRI", "X-ray", "Pathology")
+ROUTINGS = ("router", "random", "uniform")
+FRESH = "fresh"  # config.router: a random router instead of a pretrained one
 
 
 class ConfigError(ValueError):
@@ -118,6 +120,12 @@ class MoeConfig:
     aux_coef: float = 0.0  # coefficient of the load-balancing loss; 0 = off
     router_layers: int = 1  # linear layers of the router: 1 (official), 2 or 3
     noise: bool = False  # Gumbel noise on the second choice, in training only
+    routing: str = "router"  # router | random | uniform: who decides (`moe.reassigned`)
+
+    @property
+    def active(self) -> int:
+        """Experts that work on a token, the meta expert not counted."""
+        return self.experts if self.routing == "uniform" else self.top_k
 
     def layers(self, n_layers: int) -> tuple[int, ...]:
         """Indices of the MoE layers in a decoder of `n_layers` layers, ascending.
@@ -154,6 +162,10 @@ class MoeConfig:
             raise ConfigError(f"moe.experts is {self.experts}; a mixture needs at least 2")
         if self.top_k not in (1, 2):
             raise ConfigError(f"moe.top_k is {self.top_k}; 1 and 2 are defined")
+        if self.routing not in ROUTINGS:
+            raise ConfigError(
+                f"moe.routing {self.routing!r} is unknown; use one of {', '.join(ROUTINGS)}"
+            )
         if self.router_layers not in (1, 2, 3):
             raise ConfigError(f"moe.router_layers is {self.router_layers}; use 1, 2 or 3")
         if self.use_residual and not self.meta:
@@ -321,7 +333,7 @@ class RunConfig:
 
     phase: str = "stage3"  # a name for the logs
     init: str = ""  # model folder to start from: `convert to-jax`, or `model` of an earlier phase
-    router: str = ""  # stage 3: a router .pth or model folder to use instead of the one in `init`
+    router: str = ""  # stage 3, instead of the router in `init`: .pth, model folder or "fresh"
     model: ModelConfig = field(default_factory=ModelConfig)
     upcycle: str = "paper"  # stage 3, how experts start: paper | function_preserving
     objective: str = "answer"  # answer (next token) | router (modality)

@@ -69,7 +69,7 @@ def _moe(model: ModelConfig, trains: _Label, flows: bool) -> float:
     d, folder = model.llm.width, "llm/moe"
     widths = (*[d] * model.moe.router_layers, model.moe.experts)
     total = trains.chain(f"{folder}/router", widths, flows)
-    total += model.moe.top_k * _ffn(model, trains, f"{folder}/experts", flows)
+    total += model.moe.active * _ffn(model, trains, f"{folder}/experts", flows)
     if model.moe.meta:
         total += _ffn(model, trains, f"{folder}/meta", flows)
     if model.moe.use_residual:

@@ -51,7 +51,7 @@ def components(cfg: ModelConfig) -> dict[str, tuple[int, int]]:
         parts["plain FFNs"] = _always(llm["mlp"])
     if cfg.moe:
         experts = _size(llm["moe"]["experts"])
-        parts["experts"] = (experts, experts * cfg.moe.top_k // cfg.moe.experts)
+        parts["experts"] = (experts, experts * cfg.moe.active // cfg.moe.experts)
         parts["router"] = _always(llm["moe"]["router"], llm["moe"].get("coefficient", {}))
         if cfg.moe.meta:
             parts["meta expert"] = _always(llm["moe"]["meta"])

@@ -5,6 +5,7 @@ of a step.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import chex
 import jax
@@ -66,6 +67,12 @@ def answer_loss(
     )
     total, _ = jax.lax.scan(one, jnp.zeros(b, jnp.float32), pieces)
     return total, counts
+
+
+def expert_of(modality: Any, n_experts: int) -> Any:
+    """The expert that a modality belongs to (array of ints; -1 = unknown stays): its own, or one
+    that it shares where there are fewer experts than modalities, those of equal rest together."""
+    return modality % n_experts * (modality >= 0) - (modality < 0)
 
 
 def router_loss(

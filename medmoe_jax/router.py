@@ -47,24 +47,27 @@ def evaluate(
     def predict(p: Any, batch: Any) -> tuple[Any, Any]:
         _, reports = medmoe.forward(p, model, batch, dtype=dtype, probe=p["router"])
         logits, mask = reports["probe"][placed], batch["mask"]
-        right = (logits.argmax(-1) == batch["modality"][None, :, None]) & mask[None]
+        owner = losses.expert_of(batch["modality"], mixture.experts)
+        right = (logits.argmax(-1) == owner[None, :, None]) & mask[None]
         image = batch["image_pos"] >= 0
         # Words say little about the modality, and those in front of the image nothing.
         telling = jnp.where(image.any(-1, keepdims=True), image, mask)
         return losses.posterior(logits, telling), right.sum((0, 2))
 
-    n = max(mixture.experts, len(MODALITIES))
+    n = mixture.experts
     confusion = np.zeros((n, n), int)
     right = tokens = 0
     for batch in batches:
         arrays = {k: batch[k] for k in ("tokens", "image_pos", "mask", "images", "modality")}
         posterior, right_tokens = jax.device_get(predict(params, arrays))
         known = (batch["modality"] >= 0) & batch["mask"].any(-1)
-        np.add.at(confusion, (batch["modality"][known], posterior.argmax(-1)[known]), 1)
+        owner = losses.expert_of(batch["modality"][known], n)
+        np.add.at(confusion, (owner, posterior.argmax(-1)[known]), 1)
         right += int(right_tokens[known].sum())
         tokens += int(batch["mask"][known].sum()) * len(placed)
     total = int(confusion.sum())
-    names = [*MODALITIES, *(f"expert {i}" for i in range(len(MODALITIES), n))]
+    # Fewer experts than modalities: some share one (`losses.expert_of`).
+    names = [", ".join(MODALITIES[i::n]) or f"expert {i}" for i in range(n)]
     return {
         "n": total,
         "accuracy": float(np.trace(confusion) / max(total, 1)),

@@ -72,8 +72,9 @@ def forward_loss(
     )
     if cfg.objective == "router":
         logits = reports["probe"][jnp.asarray(cfg.model.moe_layers)]
+        owner = losses.expert_of(batch["modality"], logits.shape[-1])
         rows, counts = losses.router_loss(
-            logits, batch["mask"], batch["modality"], cfg.router_level, batch.get("segments")
+            logits, batch["mask"], owner, cfg.router_level, batch.get("segments")
         )
         return Loss(rows, counts, jnp.zeros(()))
     if cfg.objective != "answer":

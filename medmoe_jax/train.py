@@ -38,7 +38,7 @@ from medmoe_jax import (
     step,
     upcycle,
 )
-from medmoe_jax.config import ConfigError, ModelConfig, RunConfig
+from medmoe_jax.config import FRESH, ConfigError, ModelConfig, RunConfig
 from medmoe_jax.data import check, images, pipeline, problems, sources, tokens
 from medmoe_jax.report import NotFinite, Reporter, Trace
 from medmoe_jax.validation import Validation
@@ -77,15 +77,22 @@ def starting_point(cfg: RunConfig) -> tuple[dict[str, Any], checkpoint.ModelMeta
             )
         params = params | {"router": jax.device_get(router.fresh(model, mixture, cfg.seed))}
     elif mixture is not None and model.moe is None:
-        source = checkpoint.load_router(cfg.router) if cfg.router else params.get("router")
+        if cfg.router == FRESH:
+            source = jax.device_get(router.fresh(model, mixture, cfg.seed))
+        else:
+            source = checkpoint.load_router(cfg.router) if cfg.router else params.get("router")
         if source is None:
             raise ConfigError(
                 f"{cfg.init} holds no router: start from the folder of the router phase, or set "
-                "config.router to a .pth file"
+                f"config.router to a .pth file, or to {FRESH!r} for a random one"
             )
         params, model = upcycle.upcycle(params, model, mixture, source, cfg.upcycle)
         line += f", {mixture.experts} experts, top-{mixture.top_k}, {mixture.placement}"
         line += f", {cfg.upcycle} start"
+        if cfg.router:
+            line += f", router {cfg.router}"
+        if mixture.routing != "router":
+            line += f", {mixture.routing} routing"
     elif mixture is not None and mixture != model.moe:
         raise ConfigError(
             f"config.model.moe is {mixture}, but {cfg.init} holds {model.moe}: make them equal"

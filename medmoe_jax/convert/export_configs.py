@@ -153,7 +153,8 @@ def _describes(stored: dict[str, Any], model: ModelConfig, keys: Collection[str]
     except ConversionError:
         return False
     if model.moe and moe:
-        moe.noise = model.moe.noise  # the official classes have no such setting
+        # The official classes have no such settings.
+        moe.noise, moe.routing = model.moe.noise, model.moe.routing
     return (
         moe == model.moe
         and _describes_llm(stored, model.llm, keys)
@@ -231,6 +232,11 @@ def _moe(model: ModelConfig, stored: dict[str, Any]) -> dict[str, Any]:
     """The `moe` field; capacities are what the official scripts write, its code ignores them."""
     moe = model.moe
     assert moe is not None
+    if moe.routing != "router":
+        raise ConversionError(
+            f"the model's routing is {moe.routing!r}, which the PyTorch classes do not have; only "
+            "models whose router decides can be exported"
+        )
     phi = model.llm.family == "phi"
     indices = list(model.moe_layers)
     mode = moe.placement if moe.placement in PLACEMENTS else stored.get("moe_mode", "sparse")

@@ -118,33 +118,36 @@ def write_part(name: str, params: dict[str, Any], model: ModelConfig, folder: Pa
         to_torch(Path(scratch) / "model", folder, layout="hf")
 
 
-def make(
-    out: Path, llm: str, seed: int, studies: int, vision_steps: int, language_steps: int
-) -> None:
-    """Writes `out/clip` and `out/llm`; prints what was learned and how long it took."""
+def make_vision(out: Path, llm: str, seed: int, studies: int, steps: int) -> None:
+    """Writes `out`, a CLIP tower; prints what was learned and how long it took."""
     model = presets.model(PRESET[llm])
     side = model.vision.image_size // model.vision.patch_size
     started = time.perf_counter()
     pixels, facts, classes = draw_images(studies, seed, model.vision.image_size, side)
-    tower, accuracy = pretrain.vision(
-        model.vision, pixels, facts, classes, steps=vision_steps, seed=seed
-    )
-    write_part("vision", tower, model, out / "clip")
-    now = time.perf_counter()
-    print(f"{out / 'clip'}: facts right {accuracy:.1%}, {now - started:.0f} s", flush=True)
+    tower, accuracy = pretrain.vision(model.vision, pixels, facts, classes, steps=steps, seed=seed)
+    write_part("vision", tower, model, out)
+    print(f"{out}: facts right {accuracy:.1%}, {time.perf_counter() - started:.0f} s", flush=True)
 
+
+def make_language(out: Path, llm: str, seed: int, steps: int, signs: bool = False) -> None:
+    """Writes `out`, a language model with a tokenizer that knows the words of all phantom questions
+    (with `signs`, also those of `data/phantom/signs.py`); prints what was learned and how long it
+    took."""
+    model = presets.model(PRESET[llm])
+    started = time.perf_counter()
     template = model.llm.family
-    named = phantom.texts(seed, STUDIES_NAMED)
-    make_tokenizer((templates.prompt(template, t, images=0) for t in named), out / "tokenizer")
-    tokenizer = tokens.load_tokenizer(out / "tokenizer", model.llm.family)
+    named = phantom.texts(seed, STUDIES_NAMED, signs)
+    words = out.with_name(f"{out.name}.tokenizer")
+    make_tokenizer((templates.prompt(template, t, images=0) for t in named), words)
+    tokenizer = tokens.load_tokenizer(words, model.llm.family)
     ids, weight = readings(seed, STUDIES_READ, template, tokenizer)
-    weights, loss = pretrain.language(model, ids, weight, steps=language_steps, seed=seed)
-    write_part("llm", weights, model, out / "llm")
-    for file in (out / "tokenizer").iterdir():
-        file.rename(out / "llm" / file.name)
-    (out / "tokenizer").rmdir()
-    seconds = time.perf_counter() - now
-    print(f"{out / 'llm'}: loss {loss:.2f} a token, {seconds:.0f} s", flush=True)
+    weights, loss = pretrain.language(model, ids, weight, steps=steps, seed=seed)
+    write_part("llm", weights, model, out)
+    for file in words.iterdir():
+        file.rename(out / file.name)
+    words.rmdir()
+    seconds = time.perf_counter() - started
+    print(f"{out}: loss {loss:.2f} a token, {seconds:.0f} s", flush=True)
 
 
 def main() -> None:
@@ -157,7 +160,8 @@ def main() -> None:
     parser.add_argument("--vision-steps", type=int, default=2000)
     parser.add_argument("--language-steps", type=int, default=750)
     args = parser.parse_args()
-    make(args.out, args.llm, args.seed, args.studies, args.vision_steps, args.language_steps)
+    make_vision(args.out / "clip", args.llm, args.seed, args.studies, args.vision_steps)
+    make_language(args.out / "llm", args.llm, args.seed, args.language_steps)
 
 
 if __name__ == "__main__":

@@ -24,13 +24,15 @@ from medmoe_jax.config import LlmConfig, MoeConfig
 from medmoe_jax.models import experts, layers
 from medmoe_jax.models.layers import Array, Leaf, Params
 
+HASHED, HASHED_STEPS = 8, 4.0  # leading dimensions of a token that are hashed, and steps of a unit
+
 
 class Routing(NamedTuple):
     """What the router decided for every token."""
 
     logits: Array  # f32[B, T, E]
-    choice: Array  # i32[B, T, top_k], first choice first
-    weight: Array  # f32[B, T, top_k]
+    choice: Array  # i32[B, T, K], first choice first; K = top_k (all experts if uniform)
+    weight: Array  # f32[B, T, K]
     aux: Array  # f32[], load-balancing loss of the layer, without its coefficient
 
 
@@ -115,6 +117,41 @@ def route(logits: Array, top_k: int, counted: Array, noise_key: Array | None = N
     return Routing(logits, choice, weight, aux)
 
 
+def reassigned(routing: Routing, x: Array, how: str) -> Routing:
+    """Routing that does not look at the modality: what the router's choice is held against.
+
+    The router's weights keep their sum, so that the routed part is as large as it was; only who
+    works changes.
+
+    Args:
+      routing: what the router decided.
+      x: [B, T, D], the tokens.
+      how: router changes nothing. random gives a token to experts that a hash of its hidden state
+        names: fixed for one token, the same for each expert, without meaning. uniform lets all
+        experts work with equal weights.
+
+    Source: the hash is after Roller et al. 2021, "Hash layers for large sparse models"; there
+      words are hashed, here hidden states, coarsely, so that rounding does not matter.
+    """
+    if how == "router":
+        return routing
+    n_experts = routing.logits.shape[-1]
+    if how == "uniform":
+        every = jnp.broadcast_to(jnp.arange(n_experts), routing.logits.shape)
+        share = routing.weight.sum(-1, keepdims=True) / n_experts
+        return routing._replace(choice=every, weight=jnp.broadcast_to(share, every.shape))
+    coarse = jnp.floor(HASHED_STEPS * x[..., :HASHED].astype(jnp.float32)).astype(jnp.int32)
+    word = jnp.zeros(x.shape[:-1], jnp.uint32)
+    for i in range(coarse.shape[-1]):
+        word = (word ^ coarse[..., i].astype(jnp.uint32)) * jnp.uint32(0x9E3779B1)
+        word = word ^ (word >> 15)
+    first = word % n_experts
+    # The second of two is one of the others, each as often.
+    second = (first + 1 + (word // n_experts) % (n_experts - 1)) % n_experts
+    chosen = jnp.stack([first, second], -1)[..., : routing.choice.shape[-1]]
+    return routing._replace(choice=chosen.astype(routing.choice.dtype))
+
+
 def combine_weights(routing: Routing) -> Array:
     """f32[B, T, E]: weight of each expert's output, zero where not chosen."""
     hot = jax.nn.one_hot(routing.choice, routing.logits.shape[-1], dtype=jnp.float32)
@@ -132,7 +169,7 @@ def moe_layer(
 
     Args:
       p: one layer's `router`, `experts`, `meta` and, with use_residual, `coefficient`.
-      cfg: top_k, meta, use_residual.
+      cfg: top_k, routing, meta, use_residual.
       x: [B, T, D], input of the FFN.
       counted: bool[B, T], see `route`.
       noise_key: see `route`.
@@ -143,6 +180,7 @@ def moe_layer(
     chex.assert_equal_shape_prefix([x, counted], 2)
     with jax.named_scope("moe"):
         routing = route(router_logits(p["router"], x), cfg.top_k, counted, noise_key)
+        routing = reassigned(routing, x, cfg.routing)
         y = experts.mixture(
             p["experts"], x, routing.choice, routing.weight, routing.logits.shape[-1]
         )

@@ -29,6 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--test-questions", type=float, default=3.0, help="rows of test.json an image"
     )
+    parser.add_argument(
+        "--signs", action="store_true", help="also questions that take a rule of the modality"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--sheet", help="PNG file: samples of every modality with questions")
     options = parser.parse_args(arguments)
@@ -48,6 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
                 size=options.size,
                 questions_per_image=(options.train_questions, options.test_questions),
                 workers=options.workers,
+                signs=options.signs,
             )
         except ValueError as error:
             parser.error(str(error))

@@ -8,7 +8,7 @@ second.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -17,6 +17,10 @@ from medmoe_jax.data.phantom.questions import KINDS, Question
 # Share of the questions by kind (order of KINDS), closed and open. Lesions are asked about most.
 CLOSED = (0.12, 0.12, 0.12, 0.16, 0.22, 0.10, 0.11, 0.05)
 OPEN = (0.16, 0.16, 0.16, 0.0, 0.22, 0.16, 0.09, 0.05)
+SHARES = {
+    True: dict(zip(KINDS, CLOSED, strict=True)),
+    False: dict(zip(KINDS, OPEN, strict=True)),
+}
 
 
 def select(
@@ -24,6 +28,7 @@ def select(
     total: int,
     rng: np.random.Generator,
     capacity: Sequence[int] | None = None,
+    shares: Mapping[bool, Mapping[str, float]] = SHARES,
 ) -> list[list[Question]]:
     """Chooses about `total` of the questions, half of them closed, the same number for each answer
     of a text.
@@ -34,6 +39,7 @@ def select(
         a few more.
       rng: source of the choice.
       capacity: wanted number of questions of each image, as weights; None: equal.
+      shares: closed or not -> kind -> share of the questions.
 
     Returns:
       The chosen questions of each image, in random order.
@@ -46,8 +52,8 @@ def select(
     weight = np.ones(len(asked)) if capacity is None else np.asarray(capacity, np.float64)
     used = np.zeros(len(asked))
     chosen: list[list[Question]] = [[] for _ in asked]
-    for closed, shares in ((True, CLOSED), (False, OPEN)):
-        for kind, share in zip(KINDS, shares, strict=True):
+    for closed in (True, False):
+        for kind, share in shares[closed].items():
             texts = {
                 text: pool
                 for text, pool in pools.get((closed, kind), {}).items()

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from medmoe_jax.data.phantom import signs
 from medmoe_jax.data.phantom.balance import select
-from medmoe_jax.data.phantom.facts import ORGANS, Facts
+from medmoe_jax.data.phantom.facts import ORGANS, PLANES, SIZES, Facts
 from medmoe_jax.data.phantom.questions import CAPTION_PROMPTS, Question, caption, questions
 
 Rows = list[dict[str, Any]]
@@ -21,6 +22,12 @@ Rows = list[dict[str, Any]]
 # The real files have no flag for X-rays of other regions; the nearest one is set for them.
 DOMAINS = {"CT": "ct_scan", "MRI": "mri", "X-ray": "chest_xray", "Pathology": "histology"}
 CONDITIONS = ("healthy", "lesion")
+CLASS_PROMPTS = {
+    "organ": "Which organ does the image show?",
+    "condition": "What is the condition?",
+    "plane": "Which plane does the image show?",
+    "size": "How large are the lesions?",
+}
 
 
 def _turns(question: str, answer: str) -> Rows:
@@ -76,13 +83,32 @@ def instruct(split: str, studies: Sequence[Facts], rng: np.random.Generator) -> 
 def stage3(split: str, studies: Sequence[Facts], rng: np.random.Generator, total: int) -> Rows:
     """About `total` single questions in random order, in the format of Med-MoE's
     `train_all.json`."""
+    chosen = select([questions(f) for f in studies], total, rng)
+    return _single(split, studies, rng, chosen, "")
+
+
+def rules(split: str, studies: Sequence[Facts], rng: np.random.Generator, total: int) -> Rows:
+    """About `total` questions of `signs.py`, as `stage3` has them."""
+    shares = {True: signs.SHARES, False: signs.SHARES}
+    chosen = select([signs.questions(f) for f in studies], total, rng, shares=shares)
+    return _single(split, studies, rng, chosen, "sign_")
+
+
+def _single(
+    split: str,
+    studies: Sequence[Facts],
+    rng: np.random.Generator,
+    asked: Sequence[Sequence[Question]],
+    mark: str,
+) -> Rows:
+    """A row for each question, in random order."""
     rows = []
-    for index, chosen in enumerate(select([questions(f) for f in studies], total, rng)):
+    for index, chosen in enumerate(asked):
         for number, question in enumerate(chosen):
             spelling = ("open", "close") if rng.random() < 0.5 else ("OPEN", "CLOSED")
             rows.append(
                 {
-                    "id": f"{image_name(split, index)}_{number}",
+                    "id": f"{image_name(split, index)}_{mark}{number}",
                     "image": f"{image_name(split, index)}.png",
                     "answer_type": spelling[question.closed],
                     "modality": studies[index].modality,
@@ -102,28 +128,40 @@ def classify(split: str, studies: Sequence[Facts], rng: np.random.Generator) -> 
     second = {int(i) for group in (healthy, ill) for i in rng.permutation(group)[:size]}
     rows = []
     for index, facts in enumerate(studies):
-        tasks: list[tuple[str, tuple[str, ...], str, str]] = [
-            ("organ", ORGANS, facts.organ, "Which organ does the image show?")
-        ]
+        rows.append(_labelled(split, index, facts, "organ", ORGANS, facts.organ))
         if index in second:
             condition = CONDITIONS[bool(facts.lesions)]
-            tasks.append(("condition", CONDITIONS, condition, "What is the condition?"))
-        for task, options, answer, text in tasks:
-            prompt = f"<image>\n{text} Options: {', '.join(options)}."
-            rows.append(
-                {
-                    "id": f"{image_name(split, index)}_{task}",
-                    "image": f"{image_name(split, index)}.png",
-                    "answer_type": "CLOSED",
-                    "modality": facts.modality,
-                    "question_type": "CLASS",
-                    "task": task,
-                    "label": options.index(answer),
-                    "options": list(options),
-                    "conversations": _turns(prompt, answer),
-                }
-            )
+            rows.append(_labelled(split, index, facts, "condition", CONDITIONS, condition))
     return rows
+
+
+def classify_more(split: str, studies: Sequence[Facts]) -> Rows:
+    """Two further labelled tasks, each where it applies: the plane, and the size of the lesions."""
+    rows = []
+    for index, facts in enumerate(studies):
+        if facts.plane:
+            rows.append(_labelled(split, index, facts, "plane", PLANES, facts.plane))
+        if facts.size:
+            rows.append(_labelled(split, index, facts, "size", SIZES, facts.size))
+    return rows
+
+
+def _labelled(
+    split: str, index: int, facts: Facts, task: str, options: tuple[str, ...], answer: str
+) -> dict[str, Any]:
+    """One row of a classification."""
+    prompt = f"<image>\n{CLASS_PROMPTS[task]} Options: {', '.join(options)}."
+    return {
+        "id": f"{image_name(split, index)}_{task}",
+        "image": f"{image_name(split, index)}.png",
+        "answer_type": "CLOSED",
+        "modality": facts.modality,
+        "question_type": "CLASS",
+        "task": task,
+        "label": options.index(answer),
+        "options": list(options),
+        "conversations": _turns(prompt, answer),
+    }
 
 
 def study(split: str, index: int, facts: Facts) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from medmoe_jax.data.phantom import rows
 from medmoe_jax.data.phantom.balance import select
 from medmoe_jax.data.phantom.questions import CAPTION_PROMPTS, caption, questions
 from medmoe_jax.data.phantom.render import SPLITS, draw_facts, draw_image
+from medmoe_jax.data.phantom.signs import questions as sign_questions
 
 CHUNK = 40  # images a task of the process pool
 FEWEST = 8  # images of a part: two of every modality
@@ -44,6 +45,10 @@ CONTENTS = {
     "test.json": "the same on held-out images",
     "classify_train.json": "class labels, as prompts with options",
     "classify_test.json": "the same on held-out images",
+    "signs_train.json": "questions that take a rule of the modality (`signs.py`)",
+    "signs_test.json": "the same on held-out images",
+    "classify_more_train.json": "two further classification tasks",
+    "classify_more_test.json": "the same on held-out images",
     "studies.jsonl": "the facts behind every image: what is shown, where lesions are",
 }
 LICENCE = """The images and texts in this folder are synthetic. They were computed by a program and
@@ -71,6 +76,7 @@ def write(
     size: int = 224,
     questions_per_image: tuple[float, float] = (4.0, 3.0),
     workers: int = 1,
+    signs: bool = False,
 ) -> dict[str, int]:
     """Writes a whole data set into the folder `out` (made if absent; files of the same names are
     replaced).
@@ -84,6 +90,8 @@ def write(
       size: longer side of the images, pixels.
       questions_per_image: rows of `train_all.json` and of `test.json` an image, about.
       workers: processes that draw; 1 draws in this one.
+      signs: also write the harder questions of `signs.py`, as many as others, and two further
+        classification tasks. The other files stay what they are without.
 
     Returns:
       Number of rows by file name, and of images under "images".
@@ -133,6 +141,12 @@ def write(
         "classify_train": rows.classify("train", studies["train"], source(5)),
         "classify_test": rows.classify("test", studies["test"], source(6)),
     }
+    if signs:
+        wanted = (round(train * questions_per_image[0]), round(test * questions_per_image[1]))
+        for place, (split, total) in enumerate(zip(studies, wanted, strict=True)):
+            part = studies[split]
+            files[f"signs_{split}"] = rows.rules(split, part, source(7 + place), total)
+            files[f"classify_more_{split}"] = rows.classify_more(split, part)
     for name, content in files.items():
         (out / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
     lines = [
@@ -143,24 +157,30 @@ def write(
     (out / "studies.jsonl").write_text("\n".join(lines) + "\n")
     counts = {f"{name}.json": len(content) for name, content in files.items()}
     counts |= {"studies.jsonl": len(lines), "images": images}
-    table = "\n".join(f"| `{name}` | {counts[name]} | {what} |" for name, what in CONTENTS.items())
+    table = "\n".join(
+        f"| `{name}` | {counts[name]} | {what} |"
+        for name, what in CONTENTS.items()
+        if name in counts
+    )
     readme = README.format(seed=seed, train=train, test=test, table=table)
     (out / "README.md").write_text(readme)
     (out / "licence.txt").write_text(LICENCE)
     return counts
 
 
-def texts(seed: int, n: int) -> Iterator[str]:
+def texts(seed: int, n: int, signs: bool = False) -> Iterator[str]:
     """All the language of `n` studies that are in no file: prompts, captions, questions with their
     answers.
 
-    Meant for training a tokenizer or a small language model; needs no rendering.
+    Meant for training a tokenizer or a small language model; needs no rendering. With `signs`,
+    those of `signs.py` too.
     """
     yield from CAPTION_PROMPTS
     studies = [draw_facts(seed, UNSEEN, index) for index in range(n)]
     for facts in studies:
         yield caption(facts)
-        for question in questions(facts):
+        asked = questions(facts) + (sign_questions(facts) if signs else [])
+        for question in asked:
             yield f"{question.text} {question.answer}"
     for row in rows.classify(UNSEEN, studies, np.random.default_rng(seed)):
         prompt, answer = (turn["value"] for turn in row["conversations"])
