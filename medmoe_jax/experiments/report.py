@@ -53,9 +53,16 @@ def load(path: Path) -> tuple[Result, dict[str, Any]]:
         for t in found["tables"]
     )
     claims = tuple(Claim(**c) for c in found["claims"])
-    names = {"name": found["name"], "title": found["title"], "data": found["data"]}
-    lists = {key: tuple(found[key]) for key in ("notes", "pictures")}
-    return Result(**names, tables=tables, claims=claims, **lists), found["setting"]
+    result = Result(
+        found["name"],
+        found["title"],
+        tables,
+        claims,
+        tuple(found["notes"]),
+        tuple(found["pictures"]),
+        found["data"],
+    )
+    return result, found["setting"]
 
 
 def as_markdown(result: Result, setting: dict[str, Any]) -> str:

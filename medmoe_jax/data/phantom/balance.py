@@ -17,7 +17,7 @@ from medmoe_jax.data.phantom.questions import KINDS, Question
 # Share of the questions by kind (order of KINDS), closed and open. Lesions are asked about most.
 CLOSED = (0.12, 0.12, 0.12, 0.16, 0.22, 0.10, 0.11, 0.05)
 OPEN = (0.16, 0.16, 0.16, 0.0, 0.22, 0.16, 0.09, 0.05)
-SHARES = {
+SHARES: dict[bool, Mapping[str, float]] = {
     True: dict(zip(KINDS, CLOSED, strict=True)),
     False: dict(zip(KINDS, OPEN, strict=True)),
 }
