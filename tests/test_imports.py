@@ -42,6 +42,9 @@ ALLOWED = {
     r"model": r"config|checkpoint|sampling|sharding|generate|responder|conversation|quantize"
     r"|data\..*|convert\.(folder|report)|models\.layers",
     r"quantize": r"config|models\..*",
+    r"analyse\.(geometry|deletion)": r"data\.placement|evaluation\.bootstrap",
+    r"analyse\.[a-z]+": r"config|losses|metrics|sampling|generate|quantize|responder|data\..*"
+    r"|models\..*|evaluation\..*|analyse\..*",
     r"evaluation(\..*)?": r"config|metrics|data\.(problems|sources)|evaluation(\..*)?",
 }
 ENTRY = r"train|info|chat|evaluate|(.*\.)?__main__"

@@ -30,6 +30,7 @@ from PIL import Image, UnidentifiedImageError
 from medmoe_jax.config import ViewConfig, VisionConfig
 from medmoe_jax.data import medical
 from medmoe_jax.data.medical import windows
+from medmoe_jax.data.placement import Placement, place
 from medmoe_jax.data.problems import DataError
 from medmoe_jax.data.size import MAX_PIXELS, check_pixels
 
@@ -237,7 +238,7 @@ def fit(image: Image.Image, spec: ImageSpec) -> np.ndarray:
 
     Args:
       image: RGB.
-      spec: sizes; the padding has the colour int(mean * 255).
+      spec: sizes; the padding has the colour `padding`.
 
     Returns:
       uint8[crop, crop, 3]; black where the crop is larger than the resized image.
@@ -247,22 +248,29 @@ def fit(image: Image.Image, spec: ImageSpec) -> np.ndarray:
 
     Source: `expand2square` of Med-MoE and `CLIPImageProcessor` of transformers.
     """
-    width, height = image.size
-    check_fit(width, height, spec)
-    if spec.aspect == "pad" and width != height:
-        side = max(width, height)
-        square = Image.new("RGB", (side, side), tuple(int(m * 255) for m in spec.mean))
-        square.paste(image, ((side - width) // 2, (side - height) // 2))
-        image, width, height = square, side, side
-    short, long = min(width, height), max(width, height)
-    long = int(spec.resize * long / short)
-    size = (spec.resize, long) if width <= height else (long, spec.resize)
-    pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
-    margin = [max(0, spec.crop - edge) for edge in pixels.shape[:2]]
-    if any(margin):
-        pixels = np.pad(pixels, [((m + 1) // 2, m // 2) for m in margin] + [(0, 0)])
-    top, left = ((edge - spec.crop) // 2 for edge in pixels.shape[:2])
+    check_fit(*image.size, spec)
+    where = placement(*image.size, spec)
+    if where.padded != image.size:
+        square = Image.new("RGB", where.padded, padding(spec))
+        square.paste(image, where.offset)
+        image = square
+    pixels = np.asarray(image.resize(where.resized, Image.Resampling.BICUBIC))
+    if min(pixels.shape[:2]) < spec.crop:
+        more = [max(0, spec.crop - edge) for edge in pixels.shape[:2]]
+        left, top = where.margin
+        pixels = np.pad(pixels, [(top, more[0] - top), (left, more[1] - left), (0, 0)])
+    left, top = where.cut
     return pixels[top : top + spec.crop, left : left + spec.crop].copy()
+
+
+def placement(width: int, height: int, spec: ImageSpec) -> Placement:
+    """Where `fit` puts a picture of this size."""
+    return place(width, height, spec.resize, spec.crop, spec.aspect == "pad")
+
+
+def padding(spec: ImageSpec) -> tuple[int, ...]:
+    """Colour of what `fit` pads with, R G B in 0..255: the mean that the tower subtracts."""
+    return tuple(int(m * 255) for m in spec.mean)
 
 
 def check_fit(width: int, height: int, spec: ImageSpec) -> None:
