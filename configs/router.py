@@ -8,7 +8,7 @@ read is not published; these are the ones the router sees in phase 3. `router_le
 the mean score of a sample instead of every token.
 
     python -m medmoe_jax.train --config configs/router.py:phi2 --workdir runs/router \\
-        --config.init=runs/stage2/model --config.data.files="('instruct.json',)"
+        --config.init=runs/stage2/model --config.data.files="('instruct.json',)" \\
         --config.data.image_folder=images
 
 Writes the accuracy and the confusion matrix on `data.eval_files`, or on the rows that were not

@@ -5,7 +5,7 @@ Trains the projector only, on image + caption pairs (500K in the paper,
 2.1, equation 1, Tables 12 and 13.
 
     python -m medmoe_jax.train --config configs/stage1.py:phi2 --workdir runs/stage1 \\
-        --config.init=models/start --config.data.files="('alignment.json',)"
+        --config.init=models/start --config.data.files="('alignment.json',)" \\
         --config.data.image_folder=images
 
 Sizes: phi2, stablelm, tiny, tiny_stablelm. The paper used 8 GPUs with 24 GB, 2 samples each.

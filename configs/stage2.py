@@ -6,7 +6,7 @@ Trains everything but the vision tower, on conversations (60K in the paper,
 equation 2, Tables 12 and 13. The router is trained on the result, by `configs/router.py`.
 
     python -m medmoe_jax.train --config configs/stage2.py:phi2 --workdir runs/stage2 \\
-        --config.init=runs/stage1/model --config.data.files="('instruct.json',)"
+        --config.init=runs/stage1/model --config.data.files="('instruct.json',)" \\
         --config.data.image_folder=images
 
 Sizes: phi2, stablelm, tiny, tiny_stablelm. The paper used 8 GPUs with 24 GB, 2 samples each.

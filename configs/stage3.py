@@ -7,7 +7,7 @@ OrganCMNIST), next-token loss on the answers. Paper section 2.3, equations 4 and
 13.
 
     python -m medmoe_jax.train --config configs/stage3.py:phi2 --workdir runs/stage3 \\
-        --config.init=runs/router/model --config.data.files="('train_all.json',)"
+        --config.init=runs/router/model --config.data.files="('train_all.json',)" \\
         --config.data.image_folder=images
 
 The router comes from `init`, or from `--config.router=FILE.pth` (the official ones work). Top-1 +
