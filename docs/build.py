@@ -101,7 +101,10 @@ def reference(names: list[str]) -> tuple[dict[str, str], list[Any]]:
         packed = package != name or any(other.startswith(f"{name}.") for other in names)
         place = groups.setdefault(package, []) if packed and name != PACKAGE else top
         place.append({name.removeprefix(f"{PACKAGE}."): f"api/{name}.md"})
-    return written, [*top, *({name.split(".")[1]: pages} for name, pages in groups.items())]
+    return written, [
+        {PACKAGE: top},
+        *({name.split(".")[1]: pages} for name, pages in groups.items()),
+    ]
 
 
 def gather(folder: Path) -> Path:

@@ -32,6 +32,7 @@ from medmoe_jax import upcycle
 from medmoe_jax.config import MoeConfig, RunConfig
 from medmoe_jax.data import order, templates
 from medmoe_jax.data.medical import flags as view_flags
+from medmoe_jax.experiments.config import StudyConfig
 
 FOLDERS = r"(?:medmoe_jax|configs|launch|benchmarks|tests|docs|notebooks)/"
 MISSING = r"arguments are required|must have a value other than None"
@@ -124,8 +125,10 @@ def _options(name: str, options: argparse.Namespace | None) -> str:
         if hasattr(options, "window"):
             view_flags.view(options)
         return ""
-    cfg = flags.FLAGS.config
-    if cfg is not None:
+    cfg = flags.FLAGS.config if "config" in flags.FLAGS else None
+    if cfg is not None and not dataclasses.is_dataclass(cfg):
+        return "the configuration's file cannot be read"
+    if isinstance(cfg, RunConfig):
         cfg.model.validate()
         for path, allowed in CHOICES.items():
             value = functools.reduce(getattr, path.split("."), cfg)
@@ -247,11 +250,15 @@ def _fault(name: str, arguments: list[str]) -> str:
 
 
 def setting(path: str) -> bool:
-    """Whether a field of RunConfig has this path, as in optim.lr or model.moe.top_k."""
-    at: Any = RunConfig()
-    at.model.moe = MoeConfig()
-    for name in path.split("."):
-        if not dataclasses.is_dataclass(at) or name not in {f.name for f in dataclasses.fields(at)}:
+    """Whether a run or a study has a field of this path, as in optim.lr or model.moe.top_k."""
+    run = RunConfig()
+    run.model.moe = MoeConfig()
+    return any(_has(config, path.split(".")) for config in (run, StudyConfig()))
+
+
+def _has(config: Any, names: list[str]) -> bool:
+    for name in names:
+        if not dataclasses.is_dataclass(config) or not hasattr(config, name):
             return False
-        at = getattr(at, name)
+        config = getattr(config, name)
     return True

@@ -89,7 +89,8 @@ def differences(
     """First minus second, column by column and in the mean of the columns.
 
     Args:
-      first, second: one `Scores` a seed, of the same questions in the same order.
+      first: one `Scores` a seed.
+      second: likewise, of the same questions in the same order.
       samples: bootstrap draws.
       seed: of the draws.
 

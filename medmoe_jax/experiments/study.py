@@ -173,7 +173,9 @@ class Study:
         """Any phase of training: its folder is the workdir of `medmoe_jax.train`.
 
         Args:
-          name, llm, seed: of the cell.
+          name: of the cell.
+          llm: of the cell.
+          seed: of the cell.
           run: its config; where it starts, its files and its seed are filled in.
           init: cell with the model to start from.
           roles: of the files to train on.
