@@ -5,6 +5,10 @@
     DIR/tokenizer/                 tokenizer files, where known
     DIR/preprocessor_config.json   image settings of CLIP, where known
 
+A folder of adapters (`lora`) looks the same, but its `params/` holds the adapters alone, and its
+`config.json` names the model that they belong to (`Delta`). It is read as that model with the
+adapters in its weights.
+
 `config.json` is written last, so a folder without it is an interrupted write and is not read. The
 state of a running training (optimiser, data iterator) is not kept here.
 """
@@ -27,7 +31,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from medmoe_jax.config import ConfigError, ModelConfig, model_from_dict, model_to_dict
+from medmoe_jax import lora
+from medmoe_jax.config import (
+    ConfigError,
+    LoraConfig,
+    ModelConfig,
+    model_from_dict,
+    model_to_dict,
+)
+from medmoe_jax.upcycle import upcycle
 
 FORMAT = "medmoe_jax"
 VERSION = 1
@@ -36,6 +48,25 @@ CHUNK_BYTES = 64 * 2**20  # largest piece of a leaf in one file
 
 class CheckpointError(ValueError):
     """A model folder that cannot be read or written; the message names the file and the remedy."""
+
+
+@dataclass
+class Delta:
+    """What the adapters of a folder belong to.
+
+    Attributes:
+      base: model folder. It is also looked for where it lay as seen from the adapters' folder.
+      fingerprint: of its parameters, see `lora.fingerprint`, with the router below.
+      router: file or folder of the router, where it is not the one in `base`.
+      upcycle: how a dense `base` becomes the model with experts (`upcycle.MODES`).
+      lora: rank, scale and places of the adapters.
+    """
+
+    base: str
+    fingerprint: str
+    router: str
+    upcycle: str
+    lora: LoraConfig
 
 
 @dataclass
@@ -50,6 +81,7 @@ class ModelMeta:
       torch_config: `config.json` of the PyTorch model this one came from, verbatim.
       clip_config: `config.json` of its CLIP folder, verbatim.
       history: one line a step of provenance, oldest first.
+      delta: where `params/` holds adapters alone: what they belong to.
     """
 
     stage: str
@@ -58,6 +90,7 @@ class ModelMeta:
     torch_config: dict[str, Any] | None = None
     clip_config: dict[str, Any] | None = None
     history: list[str] = field(default_factory=list)
+    delta: Delta | None = None
 
 
 class _SharedArray(np.ndarray):
@@ -133,6 +166,8 @@ def save_model(
     if primary:
         data = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(meta)}
         data["model"] = model_to_dict(meta.model)
+        if meta.delta:
+            data["delta"]["beside"] = os.path.relpath(meta.delta.base, folder)
         partial = folder / "config.json.partial"
         partial.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
         partial.replace(config_file)
@@ -175,22 +210,81 @@ def read_meta(folder: str | os.PathLike[str]) -> ModelMeta:
             torch_config=data.get("torch_config"),
             clip_config=data.get("clip_config"),
             history=data.get("history") or [],
+            delta=_read_delta(data["delta"], Path(folder)) if data.get("delta") else None,
         )
-    except (KeyError, ConfigError) as error:
+    except (KeyError, TypeError, ConfigError) as error:
         raise CheckpointError(f"{config_file}: {error}") from error
 
 
-def load_model(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], ModelMeta]:
+def _read_delta(data: dict[str, Any], folder: Path) -> Delta:
+    """Raises KeyError or TypeError where something is missing or too much."""
+    base = Path(data["base"])
+    if not base.exists() and (folder / data["beside"]).exists():
+        base = folder / data["beside"]
+    settings = data["lora"] | {"targets": tuple(data["lora"]["targets"])}
+    return Delta(
+        str(base), data["fingerprint"], data["router"], data["upcycle"], LoraConfig(**settings)
+    )
+
+
+def load_model(
+    folder: str | os.PathLike[str], base: str | os.PathLike[str] | None = None
+) -> tuple[dict[str, Any], ModelMeta]:
     """Reads a model folder into host memory.
+
+    Args:
+      folder: of a model, or of adapters, which are put into the weights they belong to.
+      base: with adapters, the model folder that they belong to, where it is elsewhere now.
 
     Returns:
       The parameters, a nested dict of numpy arrays in the dtypes they were saved in, and the meta
-      data.
+      data, in which `delta` is None.
 
     Raises:
-      CheckpointError: not a complete model folder.
+      CheckpointError: not a complete model folder, or adapters without the model they belong to.
     """
+    params, meta = read_params(folder), read_meta(folder)
+    if meta.delta is None:
+        if base is not None:
+            raise CheckpointError(f"{folder} is a whole model; there is no base to it")
+        return params, meta
+    whole = load_base(folder, base)
+    merged = lora.merge(lora.joined(whole, params), meta.delta.lora.scale)
+    return merged, dataclasses.replace(meta, delta=None)
+
+
+def load_base(
+    folder: str | os.PathLike[str], base: str | os.PathLike[str] | None = None
+) -> dict[str, Any]:
+    """The parameters that the adapters in `folder` stand beside. Arguments and errors as in
+    `load_model`."""
     meta = read_meta(folder)
+    if meta.delta is None:
+        raise CheckpointError(f"{folder} is a whole model; there is no base to it")
+    where = Path(base or meta.delta.base)
+    if not (where / "config.json").is_file():
+        raise CheckpointError(
+            f"{folder} holds adapters for the model {where}, which is not there; put it back, or "
+            "name its folder: `python -m medmoe_jax.lora merge ADAPTERS OUT --base FOLDER`"
+        )
+    params, found = load_model(where)
+    if meta.delta.router:
+        params |= {"router": load_router(meta.delta.router)}
+    if lora.fingerprint(params) != meta.delta.fingerprint:
+        raise CheckpointError(
+            f"{where} is not the model that the adapters in {folder} were trained on: its weights "
+            "are others (fingerprint); find the right one and name it with --base of "
+            "`python -m medmoe_jax.lora merge`"
+        )
+    if meta.model.moe and not found.model.moe:
+        router = params["router"]
+        params, _ = upcycle(params, found.model, meta.model.moe, router, meta.delta.upcycle)
+    return params
+
+
+def read_params(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `params/` of a model folder holds, as it is. Raises CheckpointError."""
+    read_meta(folder)
     params_dir = Path(folder).absolute() / "params"
     if not params_dir.is_dir():
         raise CheckpointError(f"{params_dir} does not exist; copy the whole model folder again")
@@ -202,7 +296,7 @@ def load_model(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], ModelMet
         raise CheckpointError(
             f"{params_dir} cannot be read ({error}); copy the whole model folder again"
         ) from error
-    return params, meta
+    return params
 
 
 def _read_leaf(path: Path) -> np.ndarray:

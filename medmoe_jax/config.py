@@ -284,6 +284,21 @@ class OptimConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters (LoRA): they alone train, beside frozen weights."""
+
+    rank: int = 0  # of the adapters, 1 or more; 0 = none, `train` says which weights train whole
+    alpha: float = 0.0  # what an adapter adds is multiplied by alpha / rank; 0 = twice the rank
+    dropout: float = 0.05  # share of an adapter's input that is dropped in training
+    targets: tuple[str, ...] = ()  # experts, meta, mlp, attention; () = those that `train` covers
+
+    @property
+    def scale(self) -> float:
+        """What an adapter's output is multiplied by."""
+        return (self.alpha or 2.0 * self.rank) / self.rank
+
+
+@dataclass
 class MeshConfig:
     """Devices along each axis; -1 fills one axis with what is left."""
 
@@ -339,6 +354,7 @@ class RunConfig:
     objective: str = "answer"  # answer (next token) | router (modality)
     router_level: str = "token"  # router phase: label every token | the sample's mean score
     train: tuple[str, ...] = ()  # regexes of the parameters that train; everything else is frozen
+    lora: LoraConfig = field(default_factory=LoraConfig)  # train adapters on those instead
     official_aux: bool = False  # count padding in the load-balancing loss, as the official code
     compute_dtype: str = "bfloat16"
     frozen_dtype: str = "bfloat16"  # how frozen weights are kept

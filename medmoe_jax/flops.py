@@ -35,7 +35,8 @@ class Costs(NamedTuple):
 class _Label:
     """What trains."""
 
-    def __init__(self, label: dict[str, str]) -> None:
+    def __init__(self, label: dict[str, str], rank: int) -> None:
+        self._rank = rank  # of adapters
         self._paths = [path for path, kind in label.items() if kind == TRAIN]
 
     def __call__(self, *prefixes: str) -> bool:
@@ -44,7 +45,11 @@ class _Label:
 
     def product(self, path: str, d_in: int, d_out: int, flows: bool) -> float:
         """One linear layer on one token; `flows`: its input needs a gradient."""
-        return 2.0 * d_in * d_out * (1 + flows + self(f"{path}/kernel"))
+        whole = 2.0 * d_in * d_out * (1 + flows + self(f"{path}/kernel"))
+        if not self(f"{path}/lora_a"):
+            return whole
+        # Both factors forward and for their own gradients, and what flows back through them.
+        return whole + 2.0 * self._rank * (2 * (d_in + d_out) + d_out + flows * d_in)
 
     def chain(self, folder: str, widths: Sequence[int], flows: bool, first: int = 1) -> float:
         """Linear layers fc1, fc2, ... on one token."""
@@ -94,9 +99,9 @@ def costs(cfg: RunConfig, model: ModelConfig, label: dict[str, str]) -> Costs:
     Args:
       cfg: objective; in the router phase, which layers are read (config.model.moe).
       model: the model that is run.
-      label: path -> TRAIN or FROZEN, see `optim.labels`; empty: a forward pass.
+      label: path -> TRAIN or FROZEN, see `layout.labels`; empty: a forward pass.
     """
-    trains, llm = _Label(label), model.llm
+    trains, llm = _Label(label, cfg.lora.rank), model.llm
     d, kv = llm.width, llm.kv_heads * llm.head_dim
     probed = cfg.model.moe_layers if cfg.objective == "router" else ()
     last = probed[-1] if probed else llm.layers

@@ -7,6 +7,7 @@ shapes alone.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from medmoe_jax import optim, sharding
+from medmoe_jax import lora, optim, sharding
 from medmoe_jax.config import ConfigError, ModelConfig, RunConfig
 from medmoe_jax.models import medmoe, moe
 from medmoe_jax.step import State
@@ -52,6 +53,16 @@ def check_batch_size(cfg: RunConfig, mesh: Mesh | AbstractMesh) -> None:
             f"optim.batch_size {size}{each} cannot be split over {mesh.size} devices; "
             "use a multiple of their number, or fewer devices"
         )
+
+
+def labels(cfg: RunConfig, paths: Iterable[str]) -> dict[str, str]:
+    """path -> TRAIN or FROZEN (`optim.labels`): what config.train names, or with config.lora.rank
+    the adapters alone. Raises ConfigError as those do."""
+    paths = list(paths)
+    label = optim.labels([path for path in paths if not lora.is_adapter(path)], cfg.train)
+    if not cfg.lora.rank:
+        return label
+    return {path: optim.TRAIN if lora.is_adapter(path) else optim.FROZEN for path in paths}
 
 
 def dtypes(cfg: RunConfig, label: dict[str, str]) -> dict[str, np.dtype]:
@@ -100,10 +111,10 @@ def model_of(cfg: RunConfig) -> ModelConfig:
 
 
 def shapes(cfg: RunConfig) -> Flat:
-    """path -> f32 ShapeDtypeStruct of all parameters of a phase.
+    """path -> f32 ShapeDtypeStruct of all parameters of a phase, adapters included.
 
     Raises:
-      ConfigError: a router phase without config.model.moe.
+      ConfigError: a router phase without config.model.moe, or adapters where there can be none.
     """
     model = model_of(cfg)
     tree = medmoe.shapes(model)
@@ -121,7 +132,8 @@ def shapes(cfg: RunConfig) -> Flat:
                 for layer, part in leaves.items()
             }
         }
-    return flatten_dict(tree, sep="/")
+    flat = flatten_dict(tree, sep="/")
+    return flat | lora.shapes(cfg, flat)
 
 
 def abstract_weights(cfg: RunConfig, label: dict[str, str], mesh: Mesh) -> tuple[Flat, Flat]:

@@ -29,12 +29,12 @@ BOTH = ("expert", "fsdp")
 
 # regex on the path -> spec; the first match wins, a path without a match is an error.
 RULES: tuple[tuple[str, P], ...] = (
-    (r"llm/moe/experts/.*/kernel", P(None, "expert", "fsdp", None)),
+    (r"llm/moe/experts/.*/(kernel|lora_[ab])", P(None, "expert", "fsdp", None)),
     (r"llm/moe/experts/.*/bias", P(None, "expert", None)),
     (r"(llm/moe/)?router/.*", P()),
     (r"llm/embed/embedding", P(BOTH, None)),
     (r"llm/lm_head/kernel", P(None, BOTH)),
-    (r"llm/(layers|mlp|moe/meta|moe/coefficient)/.*kernel", P(None, BOTH, None)),
+    (r"llm/(layers|mlp|moe/meta|moe/coefficient)/.*(kernel|lora_[ab])", P(None, BOTH, None)),
     (r"vision/layers/.*/kernel", P(None, BOTH, None)),
     (r"projector/.*/kernel", P(BOTH, None)),
     (r"vision/.*embedding(/kernel)?", P()),

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax.traverse_util import unflatten_dict
 
-from medmoe_jax import losses, optim
+from medmoe_jax import lora, losses, optim
 from medmoe_jax.config import ConfigError, ModelConfig, RunConfig
 from medmoe_jax.models import medmoe
 
@@ -49,15 +49,18 @@ def forward_loss(
     Args:
       cfg: objective, dtype, rematerialisation, loss chunk.
       model: shapes.
-      flat: all parameters, path -> array.
+      flat: all parameters, path -> array, adapters (`lora`) among them.
       batch: see `models.medmoe.forward`, with labels i32[B, T] and modality i32[B] (i32[B, P]
         where rows hold up to P samples).
-      key: noise of the second expert choice, if `moe.noise`.
+      key: in training, of what is random: noise of the second expert choice, if `moe.noise`, and
+        dropout of adapters.
 
     Raises:
       ConfigError: unknown objective.
     """
-    params = unflatten_dict(flat, sep="/")
+    noisy = model.moe is not None and model.moe.noise and model.moe.top_k == 2
+    dropout_key = None if key is None else jax.random.fold_in(key, 1)
+    params = unflatten_dict(lora.active(flat, cfg.lora, dropout_key), sep="/")
     dtype = jnp.dtype(cfg.compute_dtype)
     probe = params["router"] if cfg.objective == "router" else None
     hidden, reports = medmoe.forward(
@@ -67,7 +70,7 @@ def forward_loss(
         dtype=dtype,
         remat=cfg.remat,
         official_aux=cfg.official_aux,
-        noise_key=key,
+        noise_key=key if noisy else None,
         probe=probe,
     )
     if cfg.objective == "router":
@@ -121,7 +124,6 @@ def make_step(
     """
     parts = cfg.optim.accumulate
     coef = model.moe.aux_coef if model.moe else 0.0
-    noisy = model.moe is not None and model.moe.noise and model.moe.top_k == 2
 
     def micro(
         train: Flat, frozen: Flat, batch: dict[str, Array], key: Array | None
@@ -134,7 +136,7 @@ def make_step(
         keys = jax.random.split(jax.random.fold_in(jax.random.key(cfg.seed), state.step), parts)
 
         def gradient(part: dict[str, Array], key: Array) -> tuple[Flat, Loss]:
-            return jax.grad(micro, has_aux=True)(state.train, frozen, part, key if noisy else None)
+            return jax.grad(micro, has_aux=True)(state.train, frozen, part, key)
 
         def accumulate(grads: Flat, piece: tuple[dict[str, Array], Array]) -> tuple[Flat, Loss]:
             new, loss = gradient(*piece)

@@ -31,6 +31,7 @@ from medmoe_jax import (
     distributed,
     flops,
     layout,
+    lora,
     optim,
     resume,
     router,
@@ -66,9 +67,14 @@ def starting_point(cfg: RunConfig) -> tuple[dict[str, Any], checkpoint.ModelMeta
             "config.init is empty: give the folder of a model (`convert to-jax`, or `model` of an "
             "earlier phase)"
         )
+    if cfg.lora.rank and checkpoint.read_meta(cfg.init).delta:
+        raise ConfigError(
+            f"config.init {cfg.init} holds adapters without their model; new ones need weights to "
+            "stand beside: `python -m medmoe_jax.lora merge` makes them"
+        )
     params, meta = checkpoint.load_model(Path(cfg.init))
     model, mixture = meta.model, cfg.model.moe
-    line = f"{cfg.phase} from {cfg.init}"
+    base, line = params, f"{cfg.phase} from {cfg.init}"
     if cfg.objective == "router":
         if model.moe is not None or mixture is None:
             raise ConfigError(
@@ -101,8 +107,14 @@ def starting_point(cfg: RunConfig) -> tuple[dict[str, Any], checkpoint.ModelMeta
         raise ConfigError(
             "config.router is read when a dense model becomes a MoE model; this one is one already"
         )
+    delta = None
+    if cfg.lora.rank:
+        line += f", LoRA of rank {cfg.lora.rank}"
+        where, known = str(Path(cfg.init).absolute()), lora.fingerprint(base)
+        source = str(Path(cfg.router).absolute()) if cfg.router else ""
+        delta = checkpoint.Delta(where, known, source, cfg.upcycle, cfg.lora)
     return params, dataclasses.replace(
-        meta, stage=cfg.phase, model=model, history=[*meta.history, line]
+        meta, stage=cfg.phase, model=model, history=[*meta.history, line], delta=delta
     )
 
 
@@ -194,6 +206,7 @@ def train(cfg: RunConfig, workdir: Path) -> None:
     host, meta = starting_point(cfg)
     model = meta.model.validate()
     flat = flatten_dict(host, sep="/")
+    flat |= lora.fresh(cfg, flat)
 
     # --- data ---
     data = load_data(cfg, model)
@@ -201,7 +214,7 @@ def train(cfg: RunConfig, workdir: Path) -> None:
     total = cfg.optim.steps or stream.order.batches(cfg.optim.epochs)
 
     # --- what trains ---
-    label = optim.labels(list(flat), cfg.train)
+    label = layout.labels(cfg, flat)
     weights, frozen = layout.place_weights(cfg, flat, label, mesh)
     say(optim.group_table(weights | frozen, label))
     tx = optim.make(cfg.optim, total, label)
@@ -260,7 +273,8 @@ def train(cfg: RunConfig, workdir: Path) -> None:
 
     # --- result ---
     # Frozen weights are written as they were read, not as rounded for the computation.
-    result = unflatten_dict(flat | state.train, sep="/")
+    # Of a run with adapters nothing else is.
+    result = unflatten_dict(state.train if meta.delta else flat | state.train, sep="/")
     if cfg.objective == "router" and cfg.model.moe and distributed.leads():
         judged = unflatten_dict(flat | jax.device_get(state.train), sep="/")
         held_out = data.batches(data.rest, False) if data.rest else []

@@ -4,7 +4,6 @@ moment, as `predict` and `evaluate` do it for a finished model.
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,13 @@ import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
-from medmoe_jax import generate, predict, sharding
+from medmoe_jax import generate, lora, predict, sharding
 from medmoe_jax.config import ModelConfig, RunConfig
 from medmoe_jax.data import images, questions, sources, tokens
 from medmoe_jax.evaluation import rows
 from medmoe_jax.evaluation.report import report
 from medmoe_jax.model import PARTS, Model
+from medmoe_jax.models.layers import Params
 from medmoe_jax.sampling import Sampling
 
 
@@ -52,12 +52,16 @@ class Validation:
         call this; they answer together, and all get the figures.
 
         Args:
-          flat: all parameters, path -> array.
+          flat: all parameters, path -> array, adapters among them.
         """
         wanted, tree = self.cfg.evaluation, unflatten_dict(flat, sep="/")
         n_experts = self.model.moe.experts if self.model.moe else 1
         ways = sharding.generation_ways(self.mesh, n_experts)
-        unstacked = partial(generate.for_generation, cfg=self.model, ways=ways)
+
+        def unstacked(parts: Params) -> Params:
+            whole = generate.for_generation(parts, self.model, ways)
+            return lora.merge(whole, self.cfg.lora.scale) if self.cfg.lora.rank else whole
+
         parts = {part: tree[part] for part in PARTS}
         places = sharding.generation_places(jax.eval_shape(unstacked, parts), self.mesh, ways)
         ready = jax.jit(unstacked, out_shardings=places)(parts)

@@ -18,7 +18,8 @@ PACKAGE = "medmoe_jax"
 # not listed sits above and may import everything but the entry points.
 ALLOWED = {
     r"config|hardware|losses|metrics|models\.quantized": r"",
-    r"sharding|distributed|compilation|optim|upcycle|presets|checkpoint|sampling": r"config",
+    r"sharding|distributed|compilation|optim|upcycle|presets|lora|sampling": r"config",
+    r"checkpoint": r"config|lora|upcycle",
     r"models\.layers": r"models\.quantized",
     r"models\.attention": r"models\.layers",
     r"models\.(grouped|products)": r"models\.layers",
@@ -32,11 +33,11 @@ ALLOWED = {
     r"convert\.check": r"config|checkpoint|convert\..*|data\..*|models\..*|generate|losses"
     r"|sampling",
     r"convert(\..*)?": r"config|checkpoint|convert(\..*)?",
-    r"router|step|info": r"config|losses|optim|models\..*",
+    r"router|step|info": r"config|losses|lora|optim|models\..*",
     r"flops": r"config|optim",
     r"plan(\..*)?": r"config|hardware|flops|layout|optim|sharding|step|generate|models\..*"
     r"|plan\..*",
-    r"layout": r"config|optim|sharding|step|models\..*",
+    r"layout": r"config|lora|optim|sharding|step|models\..*",
     r"generate|beam": r"config|losses|sampling|sharding|generate|models\..*",
     r"responder|conversation": r"config|sampling|sharding|generate|beam|responder|data\..*",
     r"model": r"config|checkpoint|sampling|sharding|generate|responder|conversation|quantize"

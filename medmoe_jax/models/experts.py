@@ -110,6 +110,7 @@ def spread(p: Params, x: Array, choice: Array, weight: Array, n_experts: int) ->
     n = n_experts // devices  # experts of a device
 
     def run(p: Params, x: Array, choice: Array, weight: Array) -> Array:
+        p = _dropout_of(p, jax.lax.axis_index(mesh.axis_names))
         if devices == 1:
             return _on_one_device(p, x, choice, weight, n)
         x, choice, weight = (jax.lax.all_gather(a, AXIS, tiled=True) for a in (x, choice, weight))
@@ -125,6 +126,16 @@ def spread(p: Params, x: Array, choice: Array, weight: Array, n_experts: int) ->
     # branches of `grouped`, which these devices do not all take: a deadlock.
     split = jax.shard_map(run, in_specs=specs, out_specs=tokens, check_vma=False)
     return split(p, x, choice, weight)
+
+
+def _dropout_of(p: Params, device: Array) -> Params:
+    """Experts whose adapters, where they drop something, do so in a way of the device's own."""
+
+    def one(path: Any, a: Array) -> Array:
+        drops = getattr(path[-1], "key", "") == "dropout"
+        return a.at[..., 1].add(device.astype(a.dtype)) if drops else a
+
+    return jax.tree_util.tree_map_with_path(one, p)
 
 
 def stationary(

@@ -67,16 +67,35 @@ def linear_leaves(
 
 
 def linear(p: Params, x: Array) -> Array:
-    """x [..., d_in] -> [..., d_out] in the dtype of x; the kernel may be quantized."""
+    """x [..., d_in] -> [..., d_out] in the dtype of x; the kernel may be quantized, and have an
+    adapter beside it."""
     kernel = p["kernel"]
     if isinstance(kernel, (quantized.Int8, quantized.Int4)):
         y = quantized.product(kernel, x)
     else:
         y = x @ kernel.astype(x.dtype)
+    if "lora_a" in p:
+        y += low_rank(p, x, jnp.matmul)
     if "bias" not in p:
         return y
     bias = p["bias"].astype(x.dtype)
     return y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
+
+
+def low_rank(p: Params, x: Array, product: Callable[[Array, Array], Array]) -> Array:
+    """What an adapter adds to a linear layer: dropout(x) A B.
+
+    Args:
+      p: `lora_a` [*stack, d_in, r], `lora_b` [*stack, r, d_out] (scaled, see `lora.active`), and in
+        training `dropout` f32[*stack, 2]: the share to drop, and a seed.
+      x: [..., d_in].
+      product: of rows and a (stack of) matrices.
+    """
+    if "dropout" in p:
+        rate, seed = p["dropout"].reshape(-1, 2)[0]
+        kept = jax.random.bernoulli(jax.random.key(seed.astype(jnp.uint32)), 1 - rate, x.shape)
+        x = jnp.where(kept, x / (1 - rate).astype(x.dtype), 0)
+    return product(product(x, p["lora_a"].astype(x.dtype)), p["lora_b"].astype(x.dtype))
 
 
 def layer_norm(p: Params, x: Array, eps: float) -> Array:

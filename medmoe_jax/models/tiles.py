@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from medmoe_jax.models import quantized
+from medmoe_jax.models import layers, quantized
 from medmoe_jax.models.layers import Array, Params
 from medmoe_jax.models.products import Product
 
@@ -100,11 +100,16 @@ def _mlp(p: Params, rows: Array, sizes: Array, tile: int, product: Product) -> A
     number = jnp.arange(len(rows))[:, None]
     owner = ((number >= ends - sizes[None]) & (number < ends)).astype(rows.dtype)  # [R, E], 0 or 1
 
+    def grouped(rows: Array, kernels: Array) -> Array:
+        return product(rows, kernels, sizes, tile=tile)
+
     def linear(p: Params, rows: Array) -> Array:
         kernel = p["kernel"]
         if isinstance(kernel, (quantized.Int8, quantized.Int4)):
             kernel = quantized.dequantize(kernel)
-        y = product(rows, kernel.astype(rows.dtype), sizes, tile=tile)
+        y = grouped(rows, kernel.astype(rows.dtype))
+        if "lora_a" in p:
+            y += layers.low_rank(p, rows, grouped)
         if "bias" not in p:
             return y
         # A product, because the derivative of a gather of biases is a scatter.

@@ -14,7 +14,7 @@ from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from medmoe_jax import flops, generate, layout, optim, sharding, step
-from medmoe_jax.config import ConfigError, MeshConfig, RunConfig
+from medmoe_jax.config import ConfigError, LoraConfig, MeshConfig, RunConfig
 from medmoe_jax.plan.targets import Target
 
 STEPS = 1000  # of the schedule; the program is the same for any number
@@ -78,7 +78,7 @@ def abstract(cfg: RunConfig, mesh: Mesh, length: int, images: int) -> Abstract:
     places = cfg.model.vision.patches * images
     if length < 1 or images < 0 or places > length:
         raise ConfigError(f"{images} image(s) of {places} places do not fit into {length} tokens")
-    label = optim.labels(list(layout.shapes(cfg)), cfg.train)
+    label = layout.labels(cfg, layout.shapes(cfg))
     tx = optim.make(cfg.optim, STEPS, label)
     train, frozen = layout.abstract_weights(cfg, label, mesh)
     state = layout.abstract_state(tx, train, frozen, mesh)
@@ -118,6 +118,7 @@ def generation(cfg: RunConfig, target: Target, length: int, images: int, new: in
       images: images of a row.
       new: tokens that the cache has room for beside the prompt.
     """
+    cfg = dataclasses.replace(cfg, lora=LoraConfig())  # adapters are in the weights by then
     model, dtype, rows = layout.model_of(cfg), jnp.dtype(cfg.compute_dtype), cfg.optim.batch_size
     place = SingleDeviceSharding(target.devices[0])
 
