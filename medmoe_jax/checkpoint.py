@@ -220,7 +220,7 @@ def _read_delta(data: dict[str, Any], folder: Path) -> Delta:
     """Raises KeyError or TypeError where something is missing or too much."""
     base = Path(data["base"])
     if not base.exists() and (folder / data["beside"]).exists():
-        base = folder / data["beside"]
+        base = (folder / data["beside"]).resolve()
     settings = data["lora"] | {"targets": tuple(data["lora"]["targets"])}
     return Delta(
         str(base), data["fingerprint"], data["router"], data["upcycle"], LoraConfig(**settings)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import signal
@@ -18,22 +17,14 @@ import pytest
 import tiny_runs
 from flax.traverse_util import flatten_dict
 from tiny_data import save_image
+from tiny_runs import phase
 
 from medmoe_jax import checkpoint, train
-from medmoe_jax.config import ConfigError, MoeConfig, RunConfig
+from medmoe_jax.config import ConfigError, MoeConfig
 from medmoe_jax.data.problems import DataError
 from medmoe_jax.report import NotFinite
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def phase(name: str, size: str = "tiny") -> RunConfig:
-    """The run of configs/NAME.py:SIZE."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(size)
 
 
 def losses(workdir: Path) -> list[float]:

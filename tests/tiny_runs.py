@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from medmoe_jax.config import LlmConfig, ModelConfig, MoeConfig, RunConfig, Visi
 from medmoe_jax.convert.export_configs import preprocessor_config
 from medmoe_jax.models import layers, medmoe
 
+ROOT = Path(__file__).resolve().parents[1]
 MODALITIES = ("CT", "MRI", "X-ray", "Pathology")
 
 
@@ -56,6 +58,15 @@ def save_questions(folder: Path, n: int = 16) -> Path:
             row(i, ("no", "left lung")[i % 2 == 0], answer_type=kind, modality=MODALITIES[i % 4])
         )
     return save_rows(folder / "questions.json", rows)
+
+
+def phase(name: str, size: str = "tiny") -> RunConfig:
+    """The run of configs/NAME.py:SIZE."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(size)
 
 
 def run_config(config: RunConfig, init: Path, questions: Path, **optim: Any) -> RunConfig:

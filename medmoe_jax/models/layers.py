@@ -93,9 +93,29 @@ def low_rank(p: Params, x: Array, product: Callable[[Array, Array], Array]) -> A
     """
     if "dropout" in p:
         rate, seed = p["dropout"].reshape(-1, 2)[0]
-        kept = jax.random.bernoulli(jax.random.key(seed.astype(jnp.uint32)), 1 - rate, x.shape)
+        kept = _hashed(seed, x.shape) >= rate
         x = jnp.where(kept, x / (1 - rate).astype(x.dtype), 0)
     return product(product(x, p["lora_a"].astype(x.dtype)), p["lora_b"].astype(x.dtype))
+
+
+def _hashed(seed: Array, shape: tuple[int, ...]) -> Array:
+    """f32 numbers in [0, 1) that look random: a hash of each place and the seed.
+
+    `jax.random` would do, but takes minutes to compile in the many branches of `grouped`.
+
+    Source: the function lowbias32 of https://github.com/skeeto/hash-prospector.
+    """
+
+    def mixed(h: Array) -> Array:
+        h = (h ^ (h >> 16)) * jnp.uint32(0x7FEB352D)
+        h = (h ^ (h >> 15)) * jnp.uint32(0x846CA68B)
+        return h ^ (h >> 16)
+
+    place = jnp.zeros(shape, jnp.uint32)
+    for axis, size in enumerate(shape):
+        place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+    h = mixed(mixed(place) + seed.astype(jnp.uint32))
+    return (h >> 8).astype(jnp.float32) * jnp.float32(2**-24)  # 24 bits: exact, and below one
 
 
 def layer_norm(p: Params, x: Array, eps: float) -> Array:
