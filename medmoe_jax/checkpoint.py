@@ -5,8 +5,9 @@
     DIR/tokenizer/                 tokenizer files, where known
     DIR/preprocessor_config.json   image settings of CLIP, where known
 
-A folder of adapters (`lora`) looks the same, but its `params/` holds the adapters alone, and its
-`config.json` names the model that they belong to (`Delta`). It is read as that model with the
+A folder of adapters (`lora`) looks the same, but its `params/` holds the adapters alone (and a
+router that came from elsewhere), and its `config.json` names the model that they belong to
+(`Delta`). It is read as that model with the
 adapters in its weights.
 
 `config.json` is written last, so a folder without it is an interrupted write and is not read. The
@@ -56,15 +57,13 @@ class Delta:
 
     Attributes:
       base: model folder. It is also looked for where it lay as seen from the adapters' folder.
-      fingerprint: of its parameters, see `lora.fingerprint`, with the router below.
-      router: file or folder of the router, where it is not the one in `base`.
+      fingerprint: of its parameters, see `lora.fingerprint`.
       upcycle: how a dense `base` becomes the model with experts (`upcycle.MODES`).
       lora: rank, scale and places of the adapters.
     """
 
     base: str
     fingerprint: str
-    router: str
     upcycle: str
     lora: LoraConfig
 
@@ -222,9 +221,7 @@ def _read_delta(data: dict[str, Any], folder: Path) -> Delta:
     if not base.exists() and (folder / data["beside"]).exists():
         base = (folder / data["beside"]).resolve()
     settings = data["lora"] | {"targets": tuple(data["lora"]["targets"])}
-    return Delta(
-        str(base), data["fingerprint"], data["router"], data["upcycle"], LoraConfig(**settings)
-    )
+    return Delta(str(base), data["fingerprint"], data["upcycle"], LoraConfig(**settings))
 
 
 def load_model(
@@ -249,7 +246,7 @@ def load_model(
             raise CheckpointError(f"{folder} is a whole model; there is no base to it")
         return params, meta
     whole = load_base(folder, base)
-    merged = lora.merge(lora.joined(whole, params), meta.delta.lora.scale)
+    merged = lora.merge(lora.joined(whole, {"llm": params["llm"]}), meta.delta.lora.scale)
     return merged, dataclasses.replace(meta, delta=None)
 
 
@@ -268,8 +265,6 @@ def load_base(
             "name its folder: `python -m medmoe_jax.lora merge ADAPTERS OUT --base FOLDER`"
         )
     params, found = load_model(where)
-    if meta.delta.router:
-        params |= {"router": load_router(meta.delta.router)}
     if lora.fingerprint(params) != meta.delta.fingerprint:
         raise CheckpointError(
             f"{where} is not the model that the adapters in {folder} were trained on: its weights "
@@ -277,7 +272,7 @@ def load_base(
             "`python -m medmoe_jax.lora merge`"
         )
     if meta.model.moe and not found.model.moe:
-        router = params["router"]
+        router = (params | read_params(folder))["router"]
         params, _ = upcycle(params, found.model, meta.model.moe, router, meta.delta.upcycle)
     return params
 

@@ -111,11 +111,20 @@ def starting_point(cfg: RunConfig) -> tuple[dict[str, Any], checkpoint.ModelMeta
     if cfg.lora.rank:
         line += f", LoRA of rank {cfg.lora.rank}"
         where, known = str(Path(cfg.init).absolute()), lora.fingerprint(base)
-        source = str(Path(cfg.router).absolute()) if cfg.router else ""
-        delta = checkpoint.Delta(where, known, source, cfg.upcycle, cfg.lora)
+        delta = checkpoint.Delta(where, known, cfg.upcycle, cfg.lora)
     return params, dataclasses.replace(
         meta, stage=cfg.phase, model=model, history=[*meta.history, line], delta=delta
     )
+
+
+def own_router(cfg: RunConfig, flat: dict[str, Any]) -> dict[str, Any]:
+    """The router of a stage 3 that did not take it from `init`, by path; else nothing."""
+    inner = "llm/moe/"
+    return {
+        path.removeprefix(inner): value[0]  # all layers begin with the same one
+        for path, value in flat.items()
+        if cfg.router and path.startswith(f"{inner}router/")
+    }
 
 
 class Data(NamedTuple):
@@ -273,8 +282,9 @@ def train(cfg: RunConfig, workdir: Path) -> None:
 
     # --- result ---
     # Frozen weights are written as they were read, not as rounded for the computation.
-    # Of a run with adapters nothing else is.
-    result = unflatten_dict(state.train if meta.delta else flat | state.train, sep="/")
+    # Of a run with adapters nothing else is, but for a router that `init` does not hold.
+    kept = flat if meta.delta is None else own_router(cfg, flat)
+    result = unflatten_dict(kept | state.train, sep="/")
     if cfg.objective == "router" and cfg.model.moe and distributed.leads():
         judged = unflatten_dict(flat | jax.device_get(state.train), sep="/")
         held_out = data.batches(data.rest, False) if data.rest else []

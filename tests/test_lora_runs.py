@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_runs
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 import medmoe_jax
 from medmoe_jax import checkpoint, lora, model, router, train
@@ -171,6 +171,24 @@ def test_the_base_must_be_the_right_one(root: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(kernel, want["llm/moe/meta/fc1/kernel"])
     with pytest.raises(CheckpointError, match="is a whole model"):
         checkpoint.load_model(root / "start", root / "dense")
+
+
+def test_a_router_from_elsewhere_is_kept(root: Path) -> None:
+    """One that `init` does not hold, so that the model can be made again."""
+    fresh = dataclasses.replace(config(root), router="fresh", seed=3)
+    params, meta = train.starting_point(fresh)
+    weights = flatten_dict(params, sep="/")
+    kept = train.own_router(fresh, weights) | lora.fresh(fresh, weights)
+    checkpoint.save_model(root / "other", unflatten_dict(kept, sep="/"), meta)
+    assert set(raw(root / "other")) - set(lora.fresh(fresh, weights)) == {
+        "router/fc1/kernel",
+        "router/fc1/bias",
+    }
+    whole = flat(root / "other")
+    assert whole.keys() == weights.keys()
+    for path, value in weights.items():
+        np.testing.assert_array_equal(whole[path], value)
+    assert train.own_router(config(root), weights) == {}
 
 
 def test_adapters_beside_adapters(root: Path) -> None:
