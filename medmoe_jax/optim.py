@@ -103,6 +103,22 @@ def update(
     return {k: optax.apply_updates(v, updates[k]) for k, v in train.items()}, state
 
 
+def norm(tree: Any) -> jax.Array:
+    """f32[]: the Euclidean norm of all numbers of a tree."""
+
+    def squares(a: jax.Array) -> jax.Array:
+        return jnp.square(a).sum()
+
+    def by_slice(a: jax.Array) -> jax.Array:
+        # XLA's CPU backend writes all squares to memory before it adds them up.
+        return jax.lax.map(squares, a).sum() if a.ndim > 1 else squares(a)
+
+    each = (
+        jax.lax.platform_dependent(a, cpu=by_slice, default=squares) for a in jax.tree.leaves(tree)
+    )
+    return jnp.sqrt(jnp.stack(list(each)).sum())
+
+
 def group_table(flat: Flat, label: dict[str, str]) -> str:
     """Table of parameter groups: name, tensors, numbers, dtype, sharding, train or frozen."""
     rows: dict[tuple[str, ...], list[int]] = {}

@@ -150,6 +150,8 @@ def make_step(
             zeros = jax.tree.map(jnp.zeros_like, state.train)
             grads, loss = jax.lax.scan(accumulate, zeros, (pieces, keys))
         count = jnp.maximum(loss.counts.sum(), 1)
+        # Of the sums: the means are never held on their own, they go into the update.
+        norm = optim.norm(grads) / count
         grads = jax.tree.map(lambda g: g / count, grads)
         train, opt = optim.update(tx, grads, state.opt, state.train, frozen)
         ce = loss.rows.sum() / count
@@ -158,7 +160,7 @@ def make_step(
             "loss": ce + coef * aux,
             "ce": ce,
             "aux": aux,
-            "grad_norm": optax.tree.norm(grads),
+            "grad_norm": norm,
             "tokens": loss.counts.sum(),
             "rows": split_like_batch((loss.rows / jnp.maximum(loss.counts, 1)).T.reshape(-1)),
         }

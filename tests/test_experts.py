@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import small_models
 
-from medmoe_jax.models import experts, grouped, layers
+from medmoe_jax.models import buckets, experts, grouped, layers, tiles
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -111,15 +112,18 @@ def test_counts_on_every_border() -> None:
     sizes = grouped.group_sizes(tokens)
     assert len(sizes) == 7
     x, _, weight = inputs(tokens, 2, 1, "mixed")
-    slow, fast = (jax.jit(f, static_argnums=4) for f in (experts.reference, experts.grouped))
+    training = partial(tiles.tiled, product=buckets.cpu, tile=1)
+    slow, *fast = (
+        jax.jit(f, static_argnums=4) for f in (experts.reference, experts.grouped, training)
+    )
     for count in sorted({s + d for s in sizes for d in (-1, 0, 1)} & set(range(tokens + 1))):
         rng = np.random.default_rng(count)
         choice = rng.permutation(np.arange(tokens) >= count).astype(np.int32)
         choice = jnp.asarray(choice.reshape(*x.shape[:2], 1))
         assert int((choice == 0).sum()) == count
-        np.testing.assert_allclose(
-            fast(p, x, choice, weight, 2), slow(p, x, choice, weight, 2), atol=1e-5
-        )
+        want = slow(p, x, choice, weight, 2)
+        for form in fast:
+            np.testing.assert_allclose(form(p, x, choice, weight, 2), want, atol=1e-5)
 
 
 def test_one_program_whatever_is_chosen() -> None:

@@ -180,8 +180,8 @@ def test_bfloat16() -> None:
 
 
 def test_rematerialisation_changes_nothing() -> None:
-    cfg = small_models.config("stablelm", layers=2)
-    batch = small_models.batch(cfg, (0, 0))
+    cfg = small_models.config("stablelm", MoeConfig(2), layers=2)
+    batch = small_models.batch(cfg, (0, 0), text=40)
     arrays = {k: batch[k] for k in ("tokens", "image_pos", "mask")}
     p = small_models.params(cfg)
 
@@ -192,9 +192,9 @@ def test_rematerialisation_changes_nothing() -> None:
         return rows.sum()
 
     run = jax.jit(jax.value_and_grad(loss), static_argnums=1)
-    free = {k: p["llm"][k] for k in ("layers", "mlp")}
+    free = {k: p["llm"][k] for k in ("layers", "mlp", "moe")}
     value, gradient = run(free, "none")
-    for policy in ("dots", "full"):
+    for policy in ("dots", "experts", "full"):
         other, gradients = run(free, policy)
         np.testing.assert_allclose(other, value, rtol=1e-6)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradients, gradient)
@@ -202,7 +202,9 @@ def test_rematerialisation_changes_nothing() -> None:
         str(jax.make_jaxpr(run, static_argnums=1)(free, n)) for n in ("none", "dots", "full")
     ]
     assert ["remat" in text or "checkpoint" in text for text in lowered] == [False, True, True]
-    with pytest.raises(ValueError, match="remat 'some' is unknown; use 'none', 'dots' or 'full'"):
+    with pytest.raises(
+        ValueError, match="remat 'some' is unknown; use 'none', 'dots', 'experts' or"
+    ):
         layers.remat(lambda x: x, "some")
 
 

@@ -277,3 +277,12 @@ def test_constant_and_unknown_schedule() -> None:
     assert [float(constant(n)) for n in range(5)] == [0.0, 0.5, 1.0, 1.0, 1.0]
     with pytest.raises(ConfigError, match="'linear' is unknown; use 'cosine' or 'constant'"):
         optim.schedule(OptimConfig(schedule="linear"), 4)
+
+
+def test_the_norm_is_that_of_all_numbers() -> None:
+    """Also slice by slice, as on a CPU, and of leaves of any rank."""
+    rng = np.random.default_rng(0)
+    tree = {"a": rng.normal(size=(3, 4, 5)), "b": rng.normal(size=7), "c": np.float64(2.0)}
+    want = np.sqrt(sum(np.square(leaf).sum() for leaf in tree.values()))
+    found = jax.jit(optim.norm)(jax.tree.map(jnp.float32, tree))
+    np.testing.assert_allclose(found, want, rtol=1e-6)

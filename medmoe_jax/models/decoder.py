@@ -265,8 +265,10 @@ def _scan_groups(
         kinds = ["moe" if m else "mlp" for m in is_moe[start : start + period]]
 
         def rows(tree: Any, first: int, each: int, n: int = repeats) -> Any:
+            # Without an axis for one layer a round, for which XLA copies the weights on a CPU.
+            parts = (each,) if each > 1 else ()
             return jax.tree.map(
-                lambda a: a[first : first + n * each].reshape(n, each, *a.shape[1:]), tree
+                lambda a: a[first : first + n * each].reshape(n, *parts, *a.shape[1:]), tree
             )
 
         xs: dict[str, Any] = {"layers": rows(p["layers"], start, period)}
@@ -280,10 +282,14 @@ def _scan_groups(
         def group(x: Array, xs: dict[str, Any], kinds: list[str] = kinds) -> tuple[Array, Any]:
             out: list[dict[str, Any]] = []
             for j, kind in enumerate(kinds):
-                nth = kinds[:j].count(kind)
+                nth, layer, ffn = kinds[:j].count(kind), xs["layers"], xs[kind]
+                if len(kinds) > 1:
+                    layer = jax.tree.map(lambda a, j=j: a[j], layer)
+                if kinds.count(kind) > 1:
+                    ffn = jax.tree.map(lambda a, nth=nth: a[nth], ffn)
                 x, report = _block(
-                    jax.tree.map(lambda a, j=j: a[j], xs["layers"]),
-                    {kind: jax.tree.map(lambda a, nth=nth: a[nth], xs[kind])},
+                    layer,
+                    {kind: ffn},
                     cfg,
                     ctx,
                     x,

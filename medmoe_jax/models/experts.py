@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from medmoe_jax.models import layers, products
+from medmoe_jax.models import buckets, layers, products
 from medmoe_jax.models.grouped import FEW, Experts, expert, grouped
 from medmoe_jax.models.layers import Array, Params
 from medmoe_jax.models.tiles import tiled
@@ -60,33 +60,40 @@ def _on_one_device(p: Experts, x: Array, choice: Array, weight: Array, n_experts
     """The form for the platform that the program is compiled for, and for the number of tokens.
 
     For a few tokens, as in decoding, `grouped` reads the chosen experts' weights only, on every
-    platform. For many it is the fastest form on a CPU; elsewhere its branches would all take memory
-    at once.
+    platform. For many it reads separate experts where they lie on a CPU; elsewhere its branches
+    would all take memory at once.
     """
     few = partial(grouped, n_experts=n_experts)
     if choice.size <= FEW:
         return few(p, x, choice, weight)
+    form = partial(_tiled, n_experts=n_experts)
     return jax.lax.platform_dependent(
         p,
         x,
         choice,
         weight,
-        cpu=few,
-        tpu=partial(_tiled, n_experts=n_experts, product=products.tpu),
-        cuda=partial(_tiled, n_experts=n_experts, product=products.gpu),
-        default=partial(_tiled, n_experts=n_experts, product=products.plain),
+        cpu=few if isinstance(p, tuple) else partial(form, product=buckets.cpu, tile=1),
+        tpu=partial(form, product=products.tpu),
+        cuda=partial(form, product=products.gpu),
+        default=partial(form, product=products.plain),
     )
 
 
 def _tiled(
-    p: Experts, x: Array, choice: Array, weight: Array, n_experts: int, product: products.Product
+    p: Experts,
+    x: Array,
+    choice: Array,
+    weight: Array,
+    n_experts: int,
+    product: products.Product,
+    tile: int = 0,
 ) -> Array:
     """`tiled` for parameters of either form."""
     if isinstance(p, tuple):
         # A copy of one layer's experts, for 1 / E of the arithmetic of `reference`.
         stacked: Params = jax.tree.map(lambda *each: jnp.stack(each), *p)
-        return tiled(stacked, x, choice, weight, n_experts, product)
-    return tiled(p, x, choice, weight, n_experts, product)
+        return tiled(stacked, x, choice, weight, n_experts, product, tile)
+    return tiled(p, x, choice, weight, n_experts, product, tile)
 
 
 def spread(p: Params, x: Array, choice: Array, weight: Array, n_experts: int) -> Array:

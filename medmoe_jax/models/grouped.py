@@ -1,9 +1,13 @@
-"""Each expert on its own tokens, padded to one of a few static sizes: the form for a CPU, and for a
-few tokens on any platform.
+"""Each expert on its own tokens, in sorted rows: the form for a CPU, and for a few tokens on any
+platform.
+
+The rows of an expert are its group. XLA wants a static number of rows, so a group is computed
+together with what follows it, up to the next of a few static sizes.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -30,90 +34,65 @@ def group_sizes(pairs: int) -> list[int]:
     return [-(-pairs * i // n) for i in range(n + 1)]
 
 
+def by_size(rows: int, count: Array, run: Callable[..., Any], empty: Any, *args: Any) -> Any:
+    """run(size, *args) for the static size that holds a group of `count` among `rows` rows;
+    empty(*args) for an empty group."""
+    sizes = group_sizes(rows)
+
+    def branch(size: int) -> Callable[..., Any]:
+        return lambda *args: run(size, *args)
+
+    which = (count > jnp.asarray(sizes[:-1])).sum()
+    return jax.lax.switch(which, [empty, *map(branch, sizes[1:])], *args)
+
+
+def padded(rows: Array) -> Array:
+    """rows [R, ...] and zeros behind them, as many as the last group's size may reach too far."""
+    sizes = group_sizes(len(rows))
+    more = max(b - a for a, b in itertools.pairwise(sizes))
+    return jnp.pad(rows, ((0, more), (0, 0)))
+
+
+def over_groups(
+    rows: Array, counts: Array, width: int, run: Callable[[int, Array], Array]
+) -> Array:
+    """run(expert, its rows) for all groups.
+
+    Args:
+      rows: [R, K], sorted by expert; behind the last group there may be more.
+      counts: i32[E], rows of each group.
+      width: N.
+      run: makes [M, N] of [M, K] row by row; is not called for an empty group.
+
+    Returns:
+      [R, N] in the dtype of rows, zero behind the last group.
+    """
+    given, starts = padded(rows), jnp.cumsum(counts) - counts
+    y = jnp.zeros((len(given), width), rows.dtype)
+    for e in range(len(counts)):
+
+        def group(size: int, y: Array, e: int = e) -> Array:
+            mine = jax.lax.dynamic_slice_in_dim(given, starts[e], size)
+            # What is wrong behind the group is overwritten by the next one.
+            return jax.lax.dynamic_update_slice_in_dim(y, run(e, mine), starts[e], 0)
+
+        y = by_size(len(rows), counts[e], group, lambda y: y, y)
+    return jnp.where((jnp.arange(len(rows)) < counts.sum())[:, None], y[: len(rows)], 0)
+
+
 def grouped(p: Experts, x: Array, choice: Array, weight: Array, n_experts: int) -> Array:
-    """Each expert on its own tokens, padded to the next of a few static sizes (`group_sizes`).
+    """The expert sum, one expert after the other.
 
     No token is dropped: the largest size holds all of them. An expert that nobody chose is not
-    read. Arguments and result as in `reference`.
+    read. Arguments and result as in `experts.reference`. The derivative keeps what every static
+    size would need: `buckets.py` is for training.
     """
     b, t, d = x.shape
     k = choice.shape[-1]
     order = jnp.argsort(choice.reshape(-1), stable=True)
     counts = jnp.bincount(choice.reshape(-1), length=n_experts)
     rows = x.reshape(b * t, d)[order // k]
-    y = _sorted_rows(tuple(expert(p, e) for e in range(n_experts)), rows, counts)
+    each = tuple(expert(p, e) for e in range(n_experts))
+    y = over_groups(rows, counts, d, lambda e, mine: layers.mlp(each[e], mine))
     share = weight.reshape(-1)[order].astype(x.dtype)
     return jnp.zeros((b * t, d), x.dtype).at[order // k].add(share[:, None] * y).reshape(x.shape)
-
-
-Slices = Callable[[Array], Array]  # [M + largest size, ...] -> the rows of one group, padded
-
-
-def _by_group(
-    n: int, counts: Array, run: Callable[[int, int, Slices, Array, Any], Any], start: Any
-) -> Any:
-    """Folds run(expert, size, slices, place, carry) over the groups of `n` sorted rows.
-
-    `size` is the static size of the expert's group, `place` where it begins; the carry of an empty
-    group is left alone.
-    """
-    sizes, carry = group_sizes(n), start
-    places = jnp.cumsum(counts) - counts
-    for e in range(len(counts)):
-
-        def branch(size: int, e: int = e) -> Callable[[Any], Any]:
-            def slices(a: Array) -> Array:
-                rows = jax.lax.dynamic_slice_in_dim(a, places[e], size)
-                # Rows of the next group are in the slice as well.
-                return jnp.where((jnp.arange(size) < counts[e])[:, None], rows, 0)
-
-            return lambda value: run(e, size, slices, places[e], value)
-
-        bucket = (counts[e] > jnp.asarray(sizes[:-1])).sum()
-        branches = [lambda value: value, *map(branch, sizes[1:])]
-        carry = jax.lax.switch(bucket, branches, carry)
-    return carry
-
-
-def _add(total: Array, place: Array, rows: Array) -> Array:
-    """total with `rows` added from `place` on."""
-    before = jax.lax.dynamic_slice_in_dim(total, place, len(rows))
-    return jax.lax.dynamic_update_slice_in_dim(total, before + rows, place, 0)
-
-
-@jax.custom_vjp
-def _sorted_rows(p: tuple[Params, ...], rows: Array, counts: Array) -> Array:
-    """Expert outputs of rows [M, D] that are sorted by expert; counts i32[E] rows for each.
-
-    The derivative is written out because that of `lax.switch` keeps what every branch would need,
-    filled with zeros, which costs more than the products. It computes the hidden layer again.
-    """
-    # A group's slice may reach past the last row: it must not be moved back by clamping.
-    padded = jnp.pad(rows, ((0, len(rows)), (0, 0)))
-
-    def run(e: int, size: int, slices: Slices, place: Array, y: Array) -> Array:
-        mine = (jnp.arange(size) < counts[e])[:, None]
-        return _add(y, place, jnp.where(mine, layers.mlp(p[e], slices(padded)), 0))
-
-    return _by_group(len(rows), counts, run, jnp.zeros_like(padded))[: len(rows)]
-
-
-def _forward(p: tuple[Params, ...], rows: Array, counts: Array) -> tuple[Array, Any]:
-    return _sorted_rows(p, rows, counts), (p, rows, counts)
-
-
-def _backward(kept: Any, dy: Array) -> tuple[Any, Array, None]:
-    p, rows, counts = kept
-    padded, dy = (jnp.pad(a, ((0, len(rows)), (0, 0))) for a in (rows, dy))
-
-    def run(e: int, size: int, slices: Slices, place: Array, carry: Any) -> Any:
-        dx, dp = carry
-        _, pull = jax.vjp(layers.mlp, p[e], slices(padded))
-        mine, drows = pull(slices(dy))
-        return _add(dx, place, drows), (*dp[:e], mine, *dp[e + 1 :])
-
-    dx, dp = _by_group(len(rows), counts, run, jax.tree.map(jnp.zeros_like, (padded, p)))
-    return dp, dx[: len(rows)], None
-
-
-_sorted_rows.defvjp(_forward, _backward)

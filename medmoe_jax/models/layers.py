@@ -189,21 +189,27 @@ def rope(x: Array, positions: Array, rotary_dim: int, theta: float) -> Array:
     return jnp.concatenate([rotated.astype(x.dtype), x[..., rotary_dim:]], -1)
 
 
+EXPERTS = "experts"  # name of the products with experts' weights, for `remat`
+
+
 def remat(body: Callable, policy: str) -> Callable:
     """`body` with its intermediates recomputed in the backward pass.
 
     Args:
       body: a function for `jax.lax.scan`.
-      policy: `none` keeps everything, `dots` keeps products with weights, `full` keeps nothing.
+      policy: `none` keeps everything, `dots` products with weights, `experts` of those the
+        products with experts' weights only, `full` nothing.
 
     Raises:
       ValueError: unknown policy.
     """
+    policies = jax.checkpoint_policies
+    experts = policies.save_only_these_names(EXPERTS)
+    # Kernels and `lax.switch` hide the experts' products from the policy for products.
+    dots = policies.save_from_both_policies(policies.checkpoint_dots_with_no_batch_dims, experts)
+    kept = {"full": None, "experts": experts, "dots": dots}
     if policy == "none":
         return body
-    if policy == "full":
-        return jax.checkpoint(body, prevent_cse=False)
-    if policy == "dots":
-        save = jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims
-        return jax.checkpoint(body, prevent_cse=False, policy=save)
-    raise ValueError(f"remat {policy!r} is unknown; use 'none', 'dots' or 'full'")
+    if policy not in kept:
+        raise ValueError(f"remat {policy!r} is unknown; use 'none', 'dots', 'experts' or 'full'")
+    return jax.checkpoint(body, prevent_cse=False, policy=kept[policy])

@@ -1,4 +1,5 @@
-"""Each expert on its own tokens, laid out in tiles: the form for many tokens on a TPU and a GPU.
+"""Each expert on its own tokens, laid out in tiles: the form for many tokens on a TPU and a GPU,
+and in training on a CPU.
 
 The (token, expert) pairs are sorted by expert into a buffer of rows. The rows of an expert begin at
 a multiple of the tile, so that every tile belongs to one expert and the products of `products.py`
@@ -11,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from medmoe_jax.models import layers, quantized
 from medmoe_jax.models.layers import Array, Params
@@ -78,13 +80,19 @@ _take.defvjp(_take_forward, _take_backward)
 
 
 def tiled(
-    p: Params, x: Array, choice: Array, weight: Array, n_experts: int, product: Product
+    p: Params,
+    x: Array,
+    choice: Array,
+    weight: Array,
+    n_experts: int,
+    product: Product,
+    tile: int = 0,
 ) -> Array:
     """The expert sum with grouped matrix products. Arguments and result as in
-    `experts.reference`; `p` is stacked."""
+    `experts.reference`; `p` is stacked. `tile`: rows of a tile; 0 = `tile_rows`."""
     b, t, d = x.shape
     k = choice.shape[-1]
-    tile = tile_rows(b * t * k, n_experts)
+    tile = tile or tile_rows(b * t * k, n_experts)
     where = layout(choice.reshape(-1), n_experts, tile)
     pairs = where.place.reshape(-1, k)
     # The token of pair n is n // k; that of the pair "none" is one behind the last.
@@ -111,9 +119,10 @@ def _mlp(p: Params, rows: Array, sizes: Array, tile: int, product: Product) -> A
         if "lora_a" in p:
             y += layers.low_rank(p, rows, grouped)
         if "bias" not in p:
-            return y
+            return checkpoint_name(y, layers.EXPERTS)
         # A product, because the derivative of a gather of biases is a scatter.
-        return y + jnp.matmul(owner, p["bias"].astype(y.dtype), precision="highest")
+        y = y + jnp.matmul(owner, p["bias"].astype(y.dtype), precision="highest")
+        return checkpoint_name(y, layers.EXPERTS)
 
     if "gate" in p:
         return linear(p["down"], jax.nn.silu(linear(p["gate"], rows)) * linear(p["up"], rows))
