@@ -13,14 +13,14 @@ import small_models
 
 from medmoe_jax.analyse import inputs, routing
 from medmoe_jax.analyse.routing import Trace
-from medmoe_jax.config import ConfigError, ModelConfig, MoeConfig
+from medmoe_jax.config import MODALITIES, ConfigError, ModelConfig, MoeConfig
 from medmoe_jax.data.problems import DataError
 from medmoe_jax.data.sources import Sample
 from medmoe_jax.models import medmoe
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-MODALITY = np.array([2, -1, 0, 2], np.int32)
+LABELS = np.array([2, -1, 0, 2], np.int32)
 
 
 def batches(cfg: ModelConfig) -> list[dict[str, np.ndarray]]:
@@ -31,7 +31,7 @@ def batches(cfg: ModelConfig) -> list[dict[str, np.ndarray]]:
         rows = len(batch["mask"]) + 1
         padded = {k: np.concatenate([v, np.zeros_like(v[:1])]) for k, v in batch.items()}
         padded["image_pos"][-1], padded["labels"][-1] = -1, -100
-        padded["modality"] = np.append(MODALITY[2 * seed : 2 * seed + 2], -1).astype(np.int32)
+        padded["modality"] = np.append(LABELS[2 * seed : 2 * seed + 2], -1).astype(np.int32)
         assert len(padded["mask"]) == rows
         found.append(padded)
     return found
@@ -79,7 +79,7 @@ def test_loads_are_those_of_a_direct_loop() -> None:
     for name in ("chosen", "first", "tokens"):
         np.testing.assert_array_equal(getattr(found, name), expected[name])
     np.testing.assert_allclose(found.entropy, expected["entropy"], rtol=1e-5)
-    assert found.modality.tolist() == MODALITY.tolist() and found.layers == (0, 2)
+    assert found.modality.tolist() == LABELS.tolist() and found.layers == (0, 2)
     assert (found.chosen.sum(-1) == 2 * found.tokens[:, None]).all()
     np.testing.assert_allclose(found.posterior.sum(-1), 1, rtol=1e-6)
 
@@ -109,9 +109,13 @@ def test_dense_models_and_empty_data_have_no_loads() -> None:
         routing.trace(params, dense, batches(dense))
     with pytest.raises(ConfigError, match="stage-3 model"):
         routing.trace(params, dense, batches(dense), mixture=MoeConfig())
-    cfg = small_models.config("phi", MoeConfig())
-    with pytest.raises(ConfigError, match="no samples"):
-        routing.trace(small_models.params(cfg), cfg, [])
+    for mixture, message in (
+        (MoeConfig(), "no samples"),
+        (MoeConfig(routing="random"), "does not ask the router"),
+    ):
+        cfg = small_models.config("phi", mixture)
+        with pytest.raises(ConfigError, match=message):
+            routing.trace(small_models.params(cfg), cfg, [])
 
 
 def known() -> Trace:
@@ -130,7 +134,7 @@ def known() -> Trace:
 def test_report_of_known_counts() -> None:
     report = routing.report(known())
     assert report["samples"] == {"CT": 1, "MRI": 1, "unlabelled": 1, "all": 3}
-    assert report["experts"] == ["expert 0", "expert 1"] and report["layers"] == [4]
+    assert report["experts"] == ["CT, X-ray", "MRI, Pathology"] and report["layers"] == [4]
     loads = {(r["modality"], r["kind"]): r for r in report["loads"]}
     assert loads["CT", "image"]["share"] == [1, 0]
     assert loads["MRI", "image"]["first_choice"] == [0.25, 0.75]
@@ -150,10 +154,11 @@ def test_report_of_known_counts() -> None:
     assert leaders["CT"] == [1, 0] and leaders["all"] == [1 / 3, 2 / 3]
     router = report["router"]
     assert router["labelled"] == 2 and router["accuracy"] == 0.5
-    assert router["confusion"] == [[1, 0, 0, 0], [1, 0, 0, 0], [0] * 4, [0] * 4]
+    assert router["confusion"] == [[1, 0], [1, 0]]
     assert router["posterior_entropy_bits"]["MRI"] == pytest.approx(1)
     assert router["posterior_entropy_bits"]["unlabelled"] == 0
     json.dumps(report, allow_nan=False)
+    assert routing.names(4) == MODALITIES and routing.names(6)[4:] == ("expert 4", "expert 5")
 
 
 def test_information_is_zero_for_equal_use_and_whole_for_experts_of_their_own() -> None:

@@ -63,7 +63,7 @@ class Explanation:
       warnings: see `Reply`.
       tokens: text of the T tokens of prompt and answer, "" for patches.
       kinds: i32[T], index in `inputs.KINDS`.
-      experts: None in a dense model.
+      experts: None in a model without a router, or that does not ask it.
       method: of the attribution.
       attribution: f64[K, side, side], what each patch adds to log p(answer).
       shown: bool[K, side, side], patches that show some of the picture.
@@ -123,9 +123,10 @@ def _logits(p: Params, cfg: ModelConfig, dtype: Any, batch: dict[str, Array]) ->
 
 
 def experts(model: Responder, row: inputs.Row) -> Experts | None:
-    """Which experts each token of a conversation goes to; None in a dense model."""
+    """Which experts each token of a conversation goes to; None in a dense model, and in one that
+    does not ask its router (moe.routing)."""
     mixture = model.config.moe
-    if mixture is None:
+    if mixture is None or mixture.routing != "router":
         return None
     batch = {k: v for k, v in inputs.batch([row]).items() if k not in ("labels", "modality")}
     logits = _logits(model.params, model.config, model.dtype, batch)

@@ -127,13 +127,18 @@ def trace(
       mixture: for a dense model, at which layers the router is read.
 
     Raises:
-      ConfigError: a dense model without a router, or no samples.
+      ConfigError: a dense model without a router, one that does not ask its router
+        (moe.routing), or no samples.
     """
     mixture = cfg.moe or mixture
     if mixture is None or (cfg.moe is None and "router" not in params):
         raise ConfigError(
             "a dense model (stage 1 or 2) has no experts and no router, so there are no loads; take"
             " a stage-3 model"
+        )
+    if mixture.routing != "router":
+        raise ConfigError(
+            f"moe.routing is {mixture.routing!r}: it does not ask the router, so there are no loads"
         )
     parts: list[dict[str, np.ndarray]] = []
     for batch in batches:
@@ -182,19 +187,19 @@ def leaders(found: Trace) -> np.ndarray:
 
 
 def confusion(found: Trace) -> np.ndarray:
-    """i64[C, C], rows: true modality, columns: the router's; C = max(E, modalities). Samples
+    """i64[E, E], rows: the expert that the true modality belongs to, columns: the router's. Samples
     without a label are left out."""
-    size = max(found.experts, len(MODALITIES))
-    table = np.zeros((size, size), np.int64)
+    table = np.zeros((found.experts, found.experts), np.int64)
     known = found.modality >= 0
-    np.add.at(table, (found.modality[known], found.posterior[known].argmax(-1)), 1)
+    owner = losses.expert_of(found.modality[known], found.experts)
+    np.add.at(table, (owner, found.posterior[known].argmax(-1)), 1)
     return table
 
 
 def names(n_experts: int) -> tuple[str, ...]:
-    """Of experts: the modalities where there is one for each, else numbers from 0."""
-    numbered = tuple(f"expert {e}" for e in range(n_experts))
-    return MODALITIES if n_experts == len(MODALITIES) else numbered
+    """Of experts: the modality, or modalities, that each belongs to (`losses.expert_of`), or its
+    number from 0."""
+    return tuple(", ".join(MODALITIES[e::n_experts]) or f"expert {e}" for e in range(n_experts))
 
 
 def report(found: Trace) -> dict[str, Any]:
@@ -256,11 +261,10 @@ def _router(found: Trace, groups: dict[str, np.ndarray]) -> dict[str, Any]:
     n = int(table.sum())
     logs = np.log2(np.maximum(found.posterior, np.finfo(float).tiny))
     bits = -(found.posterior * logs).sum(-1)
-    extra = [f"expert {e}" for e in range(len(MODALITIES), len(table))]
     return {
         "labelled": n,
         "accuracy": float(np.trace(table) / n) if n else None,
-        "classes": [*MODALITIES, *extra],
+        "classes": list(names(found.experts)),
         "confusion": table.tolist(),
         "posterior": {k: found.posterior[rows].mean(0).tolist() for k, rows in groups.items()},
         "posterior_entropy_bits": {k: float(bits[rows].mean()) for k, rows in groups.items()},

@@ -118,7 +118,7 @@ def explanation(found: Explanation) -> str:
 
 def _experts(found: Explanation) -> str:
     if found.experts is None:
-        return "A dense model (stage 1 or 2): it has no experts and no router."
+        return "A dense model (stage 1 or 2) has no experts that a router chooses."
     n_experts = found.experts.probability.shape[-1]
     names = routing.names(n_experts)
     rows = []

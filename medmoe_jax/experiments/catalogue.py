@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from medmoe_jax.experiments.compare import Comparison, Pair, Row, both
+from medmoe_jax.experiments.figures import FIGURES
 from medmoe_jax.experiments.result import Experiment
 
 ZERO_SHOT = (
@@ -169,4 +170,4 @@ COMPARISONS: dict[str, Comparison] = {
 
 EXPERIMENTS: dict[str, Experiment] = {
     name: comparison.experiment() for name, comparison in COMPARISONS.items()
-}
+} | FIGURES

@@ -86,18 +86,20 @@ class Study:
 
         return (Cell(f"data-s{seed}", spec, (), make),)
 
-    def _paths(self, role: str, data: Path | None) -> tuple[str, ...]:
+    def paths(self, role: str, data: Path | None) -> tuple[str, ...]:
+        """The files of a role, in the folder of the phantom data where these are made."""
         files = [name.rpartition("=")[2] for name in self.names(role)]
         return tuple(str(data / file) if data else file for file in files)
 
-    def _content(self, role: str) -> list[list[str]]:
+    def content(self, role: str) -> list[list[str]]:
         """The files of a role with what they hold, for specs; phantom files are known by their
         cell."""
         names = self.names(role)
         marks = ["" if self.phantoms else fingerprint(n.rpartition("=")[2]) for n in names]
         return [[name, mark] for name, mark in zip(names, marks, strict=True)]
 
-    def _images(self, data: Path | None) -> str:
+    def images(self, data: Path | None) -> str:
+        """The folder of the images; "" = `images` beside each file."""
         return str(data / "images") if data else self.cfg.files.image_folder
 
     # --- models ---
@@ -186,7 +188,7 @@ class Study:
             "kind": "phase",
             "run": {k: v for k, v in dataclasses.asdict(run).items() if k not in NOT_IN_SPEC},
             "router": run.router,
-            "files": [self._content(role) for role in (*roles, *held_out)],
+            "files": [self.content(role) for role in (*roles, *held_out)],
             "images": self.cfg.files.image_folder,
         }
         cache = self.cfg.compilation_cache
@@ -198,9 +200,9 @@ class Study:
                 {
                     "init": str(parents[0] / "model"),
                     "compilation_cache": cache,
-                    "data.files": sum((self._paths(role, data) for role in roles), ()),
-                    "data.eval_files": sum((self._paths(role, data) for role in held_out), ()),
-                    "data.image_folder": self._images(data),
+                    "data.files": sum((self.paths(role, data) for role in roles), ()),
+                    "data.eval_files": sum((self.paths(role, data) for role in held_out), ()),
+                    "data.image_folder": self.images(data),
                 },
             )
             train.train(ready, folder)
@@ -219,15 +221,15 @@ class Study:
             "kind": "answers",
             "how": {k: v for k, v in dataclasses.asdict(how).items() if k != "batch_size"},
             "control": control,
-            "files": self._content(role),
+            "files": self.content(role),
             "images": self.cfg.files.image_folder,
         }
 
         def make(folder: Path, parents: list[Path]) -> None:
             data = parents[1] if self.phantoms else None
             named = [name.partition("=")[0] for name in self.names(role)]
-            tests = dict(zip(named, map(Path, self._paths(role, data)), strict=True))
-            answers.answer(parents[0] / "model", tests, self._images(data), control, how, folder)
+            tests = dict(zip(named, map(Path, self.paths(role, data)), strict=True))
+            answers.answer(parents[0] / "model", tests, self.images(data), control, how, folder)
 
         name = f"answers{mark}{kind}-{model.name}"
         return Cell(name, spec, (model, *self.data(seed)), make)
