@@ -10,6 +10,7 @@ the navigation comes under "More". Needs the extra `docs`, and no network.
 from __future__ import annotations
 
 import argparse
+import html
 import posixpath
 import re
 import shutil
@@ -30,6 +31,7 @@ ELSEWHERE = {
     "benchmarks/README.md": "benchmarks.md",
 }
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]*)(#[^)\s]*)?\)")
+PIPED = re.compile(r"`([^`\n]*\\\|[^`\n]*)`")  # code in a table with a bar that is escaped
 FENCED = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
 
 
@@ -51,8 +53,14 @@ def modules() -> list[str]:
     return [name for name in found if "._" not in name]
 
 
+def unescaped(match: re.Match[str]) -> str:
+    """Code with a bar in a table: a forge takes `\\|` for the bar, the site's Markdown for both."""
+    code = html.escape(match.group(1).replace("\\|", "|"), quote=False)
+    return f"<code>{code.replace('|', '&#124;')}</code>"
+
+
 def relinked(text: str, source: str, known: dict[str, str]) -> str:
-    """`text` with links that work in the site.
+    """`text` with links and tables that work in the site.
 
     Links in the files are relative to the file, so that they work on a forge. Those to other pages
     and to pictures are turned, those to a module lead to its reference; what else lies in the
@@ -84,11 +92,15 @@ def relinked(text: str, source: str, known: dict[str, str]) -> str:
         named = words.strip("`").rstrip("/")
         return f"`{path}`" if named in (path, target.rstrip("/")) else f"{words} (`{path}`)"
 
+    def turned(part: str) -> str:
+        lines = LINK.sub(one, part).splitlines(keepends=True)
+        return "".join(PIPED.sub(unescaped, s) if s.startswith("|") else s for s in lines)
+
     parts, end = [], 0
     for code in FENCED.finditer(text):
-        parts += [LINK.sub(one, text[end : code.start()]), code.group()]
+        parts += [turned(text[end : code.start()]), code.group()]
         end = code.end()
-    return "".join([*parts, LINK.sub(one, text[end:])])
+    return "".join([*parts, turned(text[end:])])
 
 
 def reference(names: list[str]) -> tuple[dict[str, str], list[Any]]:
