@@ -81,6 +81,7 @@ class ModelMeta:
       clip_config: `config.json` of its CLIP folder, verbatim.
       history: one line a step of provenance, oldest first.
       delta: where `params/` holds adapters alone: what they belong to.
+      phases: what each phase of training recorded (`provenance.phase`), oldest first.
     """
 
     stage: str
@@ -90,6 +91,7 @@ class ModelMeta:
     clip_config: dict[str, Any] | None = None
     history: list[str] = field(default_factory=list)
     delta: Delta | None = None
+    phases: list[dict[str, Any]] = field(default_factory=list)
 
 
 class _SharedArray(np.ndarray):
@@ -210,6 +212,7 @@ def read_meta(folder: str | os.PathLike[str]) -> ModelMeta:
             clip_config=data.get("clip_config"),
             history=data.get("history") or [],
             delta=_read_delta(data["delta"], Path(folder)) if data.get("delta") else None,
+            phases=data.get("phases") or [],
         )
     except (KeyError, TypeError, ConfigError) as error:
         raise CheckpointError(f"{config_file}: {error}") from error

@@ -35,7 +35,8 @@ def evaluate(
     samples: int = SAMPLES,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """`evaluation.report.report` of files.
+    """`evaluation.report.report` of files, with their names (`gt`, `pred`) and the `models` that
+    the predictions name.
 
     Args:
       gt: questions with answers, JSON or JSONL.
@@ -53,9 +54,12 @@ def evaluate(
       MissingExtra: a library of the extra `eval` is absent.
     """
     fitted = None if calibrate_on is None else (read(calibrate_on[0]), read(calibrate_on[1]))
-    return report(
+    predictions = read(pred)
+    models = {str(row["model_id"]) for row in predictions if row.get("model_id")}
+    files = {"gt": str(gt), "pred": str(pred), "models": sorted(models)}
+    return files | report(
         read(gt),
-        read(pred),
+        predictions,
         metric=metric,
         pairing=pairing,
         control_predictions={name: read(file) for name, file in (controls or {}).items()},

@@ -129,6 +129,7 @@ class Reporter:
         )
         self._pending: tuple[int, dict[str, Any], dict[str, np.ndarray], float] | None = None
         self._last = time.perf_counter()
+        self.latest: dict[str, float] = {}  # loss of the last step that was read
 
     def add(
         self, number: int, metrics: dict[str, Any], batch: dict[str, np.ndarray], waited: float
@@ -151,6 +152,7 @@ class Reporter:
         seconds, self._last = now - self._last, now
         self._check(number, values, metrics["rows"], batch["row"])
         scalars = {k: float(v) for k, v in values.items()}
+        self.latest = {"loss": scalars["loss"]}
         speed = float(batch["mask"].sum()) * jax.process_count() / seconds
         self._bar.set_postfix(loss=f"{scalars['loss']:.3f}", tok_s=f"{speed:,.0f}", refresh=False)
         self._bar.update()

@@ -33,6 +33,7 @@ from medmoe_jax import (
     layout,
     lora,
     optim,
+    provenance,
     resume,
     router,
     sharding,
@@ -285,6 +286,7 @@ def train(cfg: RunConfig, workdir: Path) -> None:
     # Of a run with adapters nothing else is, but for a router that `init` does not hold.
     kept = flat if meta.delta is None else own_router(cfg, flat)
     result = unflatten_dict(kept | state.train, sep="/")
+    outcome: dict[str, Any] = dict(reporter.latest)
     if cfg.objective == "router" and cfg.model.moe and distributed.leads():
         judged = unflatten_dict(flat | jax.device_get(state.train), sep="/")
         held_out = data.batches(data.rest, False) if data.rest else []
@@ -293,6 +295,16 @@ def train(cfg: RunConfig, workdir: Path) -> None:
         )
         (workdir / "router.json").write_text(json.dumps(report, indent=1) + "\n")
         print(router.report_table(report))
+        outcome["router"] = report
+    record = provenance.phase(
+        cfg,
+        steps=total,
+        samples=data.samples,
+        left_out=len(left_out),
+        parameters=provenance.sizes(flat, list(state.train)),
+        outcome=outcome,
+    )
+    meta = dataclasses.replace(meta, phases=[*meta.phases, record])
     checkpoint.save_model(workdir / "model", result, meta, assets_from=cfg.init)
     say(f"model written to {workdir / 'model'}")
 

@@ -34,6 +34,7 @@ ALLOWED = {
     r"convert\.check": r"config|checkpoint|convert\..*|data\..*|models\..*|generate|losses"
     r"|sampling",
     r"convert(\..*)?": r"config|checkpoint|convert(\..*)?",
+    r"provenance": r"config|data\.sources",
     r"router|step|info": r"config|losses|lora|optim|models\..*",
     r"flops": r"config|optim",
     r"plan(\..*)?": r"config|hardware|flops|layout|optim|sharding|step|generate|models\..*"

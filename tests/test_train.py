@@ -101,6 +101,20 @@ def test_history_and_stage_are_written(runs: Path):
     assert (runs / "stage3" / "model" / "tokenizer" / "tokenizer.json").exists()
 
 
+def test_phases_are_recorded_one_after_the_other(runs: Path, questions: Path):
+    phases = checkpoint.read_meta(runs / "stage3" / "model").phases
+    names = ["stage1", "stage2", "router", "stage3"]
+    assert [phase["phase"] for phase in phases] == names
+    assert [Path(phase["init"]).parent.name for phase in phases][1:] == names[:-1]
+    assert [phase["rows"]["used"] for phase in phases] == [16, 16, 8, 16]
+    for name, phase in zip(names, phases, strict=True):
+        assert phase["files"][0]["file"] == str(questions) and phase["steps"] == 3
+        assert phase["outcome"]["loss"] == losses(runs / name)[-1]
+        assert 0 < phase["parameters"]["trained"] < phase["parameters"]["all"]
+    report = json.loads((runs / "router" / "router.json").read_text())
+    assert phases[2]["outcome"]["router"] == report
+
+
 def test_router_is_judged_on_rows_that_were_not_drawn(runs: Path):
     report = json.loads((runs / "router" / "router.json").read_text())
     assert report["n"] == 16 - 4 * 2

@@ -34,7 +34,7 @@ patients. "Left", "right", "upper" and "lower" are sides of the image, not of a 
 |---|---|---|
 {table}
 
-Paths in the files are relative to `images/`. Licence: `licence.txt`.
+Paths in the files are relative to `images/`. Licence: `licence.txt` (for programs `summary.json`).
 """
 CONTENTS = {
     "images": "PNG: grey (CT, MRI, X-ray) or colour (Pathology)",
@@ -55,6 +55,17 @@ LICENCE = """The images and texts in this folder are synthetic. They were comput
 contain no data of any person. They are dedicated to the public domain (CC0 1.0,
 https://creativecommons.org/publicdomain/zero/1.0/). Not for clinical use.
 """
+SUMMARY = {
+    "name": "phantom",
+    "licences": [
+        {
+            "name": "CC0-1.0",
+            "link": "https://creativecommons.org/publicdomain/zero/1.0/",
+            "note": "synthetic images and texts, computed by a program",
+            "citation": "",
+        }
+    ],
+}
 
 
 def _draw_files(task: tuple[str, int, str, int, int, int]) -> int:
@@ -165,6 +176,7 @@ def write(
     readme = README.format(seed=seed, train=train, test=test, table=table)
     (out / "README.md").write_text(readme)
     (out / "licence.txt").write_text(LICENCE)
+    (out / "summary.json").write_text(json.dumps(SUMMARY | {"seed": seed}, indent=1) + "\n")
     return counts
 
 
