@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medmoe_jax.config import LlmConfig, ModelConfig, VisionConfig
+from medmoe_jax.config import ConfigError, LlmConfig, ModelConfig, VisionConfig
 from medmoe_jax.data import phantom, templates, tokens
 from medmoe_jax.demo import checkpoints, pretrain
+from medmoe_jax.demo.__main__ import Demo
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -83,3 +84,30 @@ def test_launch_script_says_what_it_wants(arguments: list[str]):
         [ROOT / "launch" / "phases.sh", *arguments], capture_output=True, text=True, check=False
     )
     assert done.returncode == 2 and "WORKDIR" in done.stderr
+
+
+def test_quick_demonstration_trains_less_and_keeps_to_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The same steps up to phase 3, shorter; done ones are not run again, and a folder that was
+    begun otherwise is refused."""
+    commands: list[list[str]] = []
+
+    def run(words: list[str], **_: object) -> subprocess.CompletedProcess:
+        commands.append(words)
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    demo = Demo(tmp_path, "phi", 0, quick=True)
+    demo.make()
+    assert [words[2].removeprefix("medmoe_jax.") for words in commands] == [
+        *("data.phantom", "demo.checkpoints", "convert", "train", "train", "train", "train")
+    ]
+    steps = [int(w.split("=")[1]) for words in commands for w in words if "optim.steps" in w]
+    assert len(steps) == 4 and all(0 < n <= 100 for n in steps)
+    config = next(w for w in commands[-1] if w.startswith("--config="))
+    assert Path(config.removeprefix("--config=").removesuffix(":tiny")).is_file()
+    Demo(tmp_path, "phi", 0, quick=True).make()
+    assert len(commands) == 7
+    with pytest.raises(ConfigError, match="take another --workdir"):
+        Demo(tmp_path, "phi", 0, quick=False)

@@ -1,13 +1,15 @@
 """The whole path on phantom data: `python -m medmoe_jax.demo --workdir DIR [--llm phi|stablelm]`.
 
 Every step is a command that a user would type; it is printed before it runs. Finished steps are not
-run again, so an interrupted demonstration goes on where it was.
+run again, so an interrupted demonstration goes on where it was. `--quick` trains a fraction of the
+steps and ends with the model of phase 3: what the notebooks start from.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -15,8 +17,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+from medmoe_jax.config import ConfigError
 from medmoe_jax.demo.checkpoints import PRESET
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"  # of the clone that this file is in
+SETTINGS = "settings.json"  # what a workdir was begun with
+# What --quick adds to the commands of some steps.
+QUICK: dict[str, tuple[object, ...]] = {
+    "phantom studies": ("--train", 400, "--test", 80),
+    "tiny checkpoints": ("--studies", 1000, "--vision-steps", 400, "--language-steps", 150),
+    "stage1": ("--config.optim.steps=40",),
+    "stage2": ("--config.optim.steps=100",),
+    "router": ("--config.optim.steps=90", "--config.data.labels_per_modality=50"),
+    "stage3": ("--config.optim.steps=60",),
+}
 SHOWN = 6  # questions printed with their answers
 EVALUATED = (
     ("stage 2", "stage2", "shown"),
@@ -28,15 +42,29 @@ EVALUATED = (
 class Demo:
     """Runs the steps in order and remembers how long each took."""
 
-    def __init__(self, workdir: Path, llm: str, seed: int) -> None:
-        self.dir, self.llm, self.seed = workdir, llm, seed
+    def __init__(self, workdir: Path, llm: str, seed: int, quick: bool) -> None:
+        """Raises ConfigError where the workdir was begun with other settings, or no configs are
+        here."""
+        self.dir, self.llm, self.seed, self.quick = workdir, llm, seed, quick
+        if not CONFIGS.is_dir():
+            raise ConfigError(
+                f"{CONFIGS} does not exist: the phases are read from there; clone the project and "
+                "install it with `pip install -e .`"
+            )
+        settings, file = {"llm": llm, "seed": seed, "quick": quick}, workdir / SETTINGS
+        before = json.loads(file.read_text()) if file.exists() else settings
+        if before != settings:
+            raise ConfigError(f"{workdir} was begun with {before}; take another --workdir")
+        workdir.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(settings) + "\n")
         self.size = PRESET[llm]
         self.data = workdir / "data"
         self.seconds: dict[str, float] = {}
 
     def step(self, name: str, module: str, *args: object) -> None:
         """Runs `python -m medmoe_jax.MODULE ARGS`, unless it finished in an earlier run."""
-        words = [sys.executable, "-m", f"medmoe_jax.{module}", *map(str, args)]
+        more = QUICK.get(name, ()) if self.quick else ()
+        words = [sys.executable, "-m", f"medmoe_jax.{module}", *map(str, (*args, *more))]
         shown = ["python", *words[1:]]
         mark = self.dir / "done" / f"{name}.json"
         print(f"\n=== {name} ===\n$ {shlex.join(shown)}", flush=True)
@@ -57,7 +85,7 @@ class Demo:
         self.step(
             phase,
             "train",
-            f"--config=configs/{phase}.py:{self.size}",
+            f"--config={os.path.relpath(CONFIGS / phase)}.py:{self.size}",
             f"--workdir={self.dir / phase}",
             f"--config.init={self.dir / init}",
             f"--config.data.files=('{self.data / file}',)",
@@ -81,8 +109,8 @@ class Demo:
         out = answers.with_suffix(".metrics.json")
         self.step(f"score {name}", "evaluate", "--gt", test, "--pred", answers, "--out", out)
 
-    def run(self) -> None:
-        """All steps."""
+    def make(self) -> None:
+        """Data, checkpoints and all phases."""
         torch, data = self.dir / "torch", self.data
         self.step("phantom studies", "data.phantom", "--out", data, "--seed", self.seed)
         self.step(
@@ -101,6 +129,10 @@ class Demo:
         self.train("stage2", "stage1/model", "instruct.json")
         self.train("router", "stage2/model", "instruct.json", heldout)
         self.train("stage3", "router/model", "train_all.json")
+
+    def judge(self) -> None:
+        """Answers, figures, and the way back to PyTorch."""
+        data = self.data
         for name, phase, images in EVALUATED:
             self.ask(name, phase, images)
         exported, record = self.dir / "exported", self.dir / "pytorch.safetensors"
@@ -152,9 +184,17 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, default=Path("runs/demo"))
     parser.add_argument("--llm", choices=sorted(PRESET), default="phi")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="few steps of training, no figures")
     args = parser.parse_args()
-    demo = Demo(args.workdir, args.llm, args.seed)
-    demo.run()
+    try:
+        demo = Demo(args.workdir, args.llm, args.seed, args.quick)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    demo.make()
+    if args.quick:
+        print(f"\nmodel: {demo.dir / 'stage3/model'}, data: {demo.data}")
+        return
+    demo.judge()
     print(f"\n{demo.examples()}\n\n{demo.table()}")
 
 
