@@ -16,7 +16,8 @@ from tiny_data import row, save_image, save_rows
 
 from medmoe_jax import checkpoint, evaluate, provenance
 from medmoe_jax.card import __main__ as card
-from medmoe_jax.config import MoeConfig, RunConfig
+from medmoe_jax.card import text
+from medmoe_jax.config import LoraConfig, MoeConfig, RunConfig
 from medmoe_jax.data.sources import read_samples
 
 LICENCE = {
@@ -130,10 +131,10 @@ def test_records_keep_their_licence(tmp_path: Path) -> None:
 def test_the_card_says_what_is_recorded(folder: Path, metrics: Path, tmp_path: Path) -> None:
     out = tmp_path / "README.md"
     card.main([str(folder), "--metrics", str(metrics), "--out", str(out)])
-    text = out.read_text()
-    head = front_matter(text)
+    shown = out.read_text()
+    head = front_matter(shown)
     assert head["license"] == "unknown" and head["datasets"] == ["slake"]
-    assert head["base_model"] == ["microsoft/phi-2"] and "/home/somebody" not in text
+    assert head["base_model"] == ["microsoft/phi-2"] and "/home/somebody" not in shown
     assert {"mixture-of-experts", "not-for-clinical-use"} <= set(head["tags"])
     (index,) = head["model-index"]
     assert index["name"] == "mine"
@@ -141,28 +142,28 @@ def test_the_card_says_what_is_recorded(folder: Path, metrics: Path, tmp_path: P
     assert figures["closed accuracy, strict"] == 50 and figures["open recall, strict"] == 100
     assert index["results"][0]["dataset"]["name"] == "slake train"
 
-    assert "# mine\n\n**Not for clinical use.**" in text
-    assert "top-1 of 4, with meta expert, in layers 0;" in text
-    assert "parameters: 98,765" in text and "base models: microsoft/phi-2" in text
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()]
+    assert "# mine\n\n**Not for clinical use.**" in shown
+    assert "top-1 of 4, with meta expert, in layers 0;" in shown
+    assert "parameters: 98,765" in shown and "base models: microsoft/phi-2" in shown
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines()]
     assert ["stage3", "70", "3", "2", "1,234", "0.500"] in [line[:6] for line in lines]
     assert ["started from", "before/model", "before/model"] in lines
     assert ["lr", "2e-05", "2e-05"] in lines
-    assert ["CT", "3", "1", "0", "0"] in lines and "Right in 90.0% of 10" in text
+    assert ["CT", "3", "1", "0", "0"] in lines and "Right in 90.0% of 10" in shown
     expected = "CC-BY-4.0. https://creativecommons.org/licenses/by/4.0/. says the page. Somebody"
-    assert f"- slake: {expected} 2020" in text
+    assert f"- slake: {expected} 2020" in shown
     closed = next(line for line in lines if line[:1] == ["closed accuracy, strict"])
     assert closed[1:] == ["50.0", "0.0 to 100.0", "2"]
-    assert "their model: `mine/model`" in text
-    assert "4 rows of the training data could not be used" in text
+    assert "their model: `mine/model`" in shown
+    assert "4 rows of the training data could not be used" in shown
 
 
 def test_what_is_not_recorded_is_unknown(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     meta = checkpoint.ModelMeta("base", tiny_runs.model_config())
     checkpoint.save_model(tmp_path / "start", {"router": np.zeros(3)}, meta)
     card.main([str(tmp_path / "start"), "--name", "other", "--licence", "Apache-2.0"])
-    text = capsys.readouterr().out
-    head = front_matter(text)
+    shown = capsys.readouterr().out
+    head = front_matter(shown)
     assert head["license"] == "apache-2.0" and not {"datasets", "base_model"} & head.keys()
     assert "model-index" not in head and "mixture-of-experts" not in head["tags"]
     for line in (
@@ -174,7 +175,7 @@ def test_what_is_not_recorded_is_unknown(tmp_path: Path, capsys: pytest.CaptureF
         "Its accuracy is unknown",
         "Licence of the weights: `Apache-2.0`, as stated",
     ):
-        assert line in text, line
+        assert line in shown, line
 
 
 def test_faults_say_what_to_do(folder: Path, metrics: Path, tmp_path: Path) -> None:
@@ -197,3 +198,10 @@ def test_faults_say_what_to_do(folder: Path, metrics: Path, tmp_path: Path) -> N
     checkpoint.save_model(tmp_path / "broken", {"router": np.zeros(3)}, broken)
     with pytest.raises(SystemExit, match="phases recorded is not whole"):
         card.main([str(tmp_path / "broken")])
+
+
+def test_adapters_say_what_they_belong_to() -> None:
+    delta = checkpoint.Delta("x/runs/router/model", "0", "paper", LoraConfig(rank=8))
+    meta = checkpoint.ModelMeta("stage3", tiny_runs.model_config(), delta=delta)
+    found = text.card(meta, {}, name="mine")
+    assert "adapters alone (LoRA, rank 8): they belong to the model `router/model`" in found

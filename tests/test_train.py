@@ -104,13 +104,13 @@ def test_history_and_stage_are_written(runs: Path):
 def test_phases_are_recorded_one_after_the_other(runs: Path, questions: Path):
     phases = checkpoint.read_meta(runs / "stage3" / "model").phases
     names = ["stage1", "stage2", "router", "stage3"]
-    assert [phase["phase"] for phase in phases] == names
-    assert [Path(phase["init"]).parent.name for phase in phases][1:] == names[:-1]
-    assert [phase["rows"]["used"] for phase in phases] == [16, 16, 8, 16]
-    for name, phase in zip(names, phases, strict=True):
-        assert phase["files"][0]["file"] == str(questions) and phase["steps"] == 3
-        assert phase["outcome"]["loss"] == losses(runs / name)[-1]
-        assert 0 < phase["parameters"]["trained"] < phase["parameters"]["all"]
+    assert [record["phase"] for record in phases] == names
+    assert [Path(record["init"]).parent.name for record in phases][1:] == names[:-1]
+    assert [record["rows"]["used"] for record in phases] == [16, 16, 8, 16]
+    for name, record in zip(names, phases, strict=True):
+        assert record["files"][0]["file"] == str(questions) and record["steps"] == 3
+        assert record["outcome"]["loss"] == losses(runs / name)[-1]
+        assert 0 < record["parameters"]["trained"] < record["parameters"]["all"]
     report = json.loads((runs / "router" / "router.json").read_text())
     assert phases[2]["outcome"]["router"] == report
 

@@ -133,6 +133,11 @@ def _what(meta: ModelMeta) -> str:
             f"- experts: top-{moe.top_k} of {moe.experts}, {meta_expert} meta expert, in layers "
             f"{placed}; the router has {moe.router_layers} layer(s)"
         )
+    if meta.delta:
+        lines.append(
+            f"- adapters alone (LoRA, rank {meta.delta.lora.rank}): they belong to the model "
+            f"`{_short(meta.delta.base)}`"
+        )
     numbers = meta.phases[-1]["parameters"]["all"] if meta.phases else None
     lines.append(f"- parameters: {UNKNOWN if numbers is None else f'{numbers:,}'}")
     lines.append(f"- base models: {', '.join(base_models(meta)) or UNKNOWN}")

@@ -28,7 +28,7 @@ QUICK: dict[str, tuple[object, ...]] = {
     "tiny checkpoints": ("--studies", 1000, "--vision-steps", 400, "--language-steps", 150),
     "stage1": ("--config.optim.steps=40",),
     "stage2": ("--config.optim.steps=100",),
-    "router": ("--config.optim.steps=90", "--config.data.labels_per_modality=50"),
+    "router": ("--config.optim.steps=30", "--config.data.labels_per_modality=50"),
     "stage3": ("--config.optim.steps=60",),
 }
 SHOWN = 6  # questions printed with their answers
