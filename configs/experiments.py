@@ -29,13 +29,22 @@ from medmoe_jax.experiments.config import Phases, StudyConfig, override
 SIZES = {"tiny": ("tiny", "tiny_stablelm"), "full": ("phi2", "stablelm")}
 PHASES = ("stage1", "stage2", "router", "stage3")
 QUIET: dict[str, Any] = {"log.every": 50, "log.save_every": 100000, "log.tensorboard": False}
-# What a tiny phase needs to learn enough to be compared, and no more.
+# What a tiny phase needs to learn enough to be compared, and no more. One length a phase is one
+# compilation.
 SHORT: dict[str, dict[str, Any]] = {
-    "stage1": {"optim.epochs": 3.0},
-    "stage2": {"optim.epochs": 6.0},
-    "router": {},
-    "stage3": {"optim.epochs": 2.0},
+    "stage1": {"optim.epochs": 3.0, "data.buckets": (128,)},
+    "stage2": {"optim.epochs": 3.0, "data.buckets": (224, 288)},
+    "router": {"data.buckets": (224, 288)},
+    "stage3": {
+        "optim.epochs": 1.0,
+        "optim.batch_size": 8,
+        "optim.lr": 2e-3,
+        "data.buckets": (128,),
+    },
 }
+# Narrower than the demonstration's models: a study has some sixty of them.
+NARROW = {"model.llm.width": 96, "model.llm.heads": 3, "model.llm.kv_heads": 3}
+FFN = {"tiny": 384, "tiny_stablelm": 256}
 
 
 def get_config(size: str = "tiny") -> StudyConfig:
@@ -53,5 +62,6 @@ def _phases(model: str, size: str) -> Phases:
     here = Path(__file__).parent
     found = {name: runpy.run_path(str(here / f"{name}.py"))["get_config"](model) for name in PHASES}
     if size == "tiny":
-        found = {name: override(run, QUIET | SHORT[name]) for name, run in found.items()}
+        narrow = NARROW | {"model.llm.ffn": FFN[model]}
+        found = {name: override(run, QUIET | narrow | SHORT[name]) for name, run in found.items()}
     return Phases(**found)

@@ -118,9 +118,8 @@ def write_part(name: str, params: dict[str, Any], model: ModelConfig, folder: Pa
         to_torch(Path(scratch) / "model", folder, layout="hf")
 
 
-def make_vision(out: Path, llm: str, seed: int, studies: int, steps: int) -> None:
-    """Writes `out`, a CLIP tower; prints what was learned and how long it took."""
-    model = presets.model(PRESET[llm])
+def make_vision(out: Path, model: ModelConfig, seed: int, studies: int, steps: int) -> None:
+    """Writes `out`, the CLIP tower of `model`; prints what was learned and how long it took."""
     side = model.vision.image_size // model.vision.patch_size
     started = time.perf_counter()
     pixels, facts, classes = draw_images(studies, seed, model.vision.image_size, side)
@@ -129,11 +128,12 @@ def make_vision(out: Path, llm: str, seed: int, studies: int, steps: int) -> Non
     print(f"{out}: facts right {accuracy:.1%}, {time.perf_counter() - started:.0f} s", flush=True)
 
 
-def make_language(out: Path, llm: str, seed: int, steps: int, signs: bool = False) -> None:
-    """Writes `out`, a language model with a tokenizer that knows the words of all phantom questions
-    (with `signs`, also those of `data/phantom/signs.py`); prints what was learned and how long it
-    took."""
-    model = presets.model(PRESET[llm])
+def make_language(
+    out: Path, model: ModelConfig, seed: int, steps: int, signs: bool = False
+) -> None:
+    """Writes `out`, the language model of `model`, with a tokenizer that knows the words of all
+    phantom questions (with `signs`, also those of `data/phantom/signs.py`); prints what was learned
+    and how long it took."""
     started = time.perf_counter()
     template = model.llm.family
     named = phantom.texts(seed, STUDIES_NAMED, signs)
@@ -160,8 +160,9 @@ def main() -> None:
     parser.add_argument("--vision-steps", type=int, default=2000)
     parser.add_argument("--language-steps", type=int, default=750)
     args = parser.parse_args()
-    make_vision(args.out / "clip", args.llm, args.seed, args.studies, args.vision_steps)
-    make_language(args.out / "llm", args.llm, args.seed, args.language_steps)
+    model = presets.model(PRESET[args.llm])
+    make_vision(args.out / "clip", model, args.seed, args.studies, args.vision_steps)
+    make_language(args.out / "llm", model, args.seed, args.language_steps)
 
 
 if __name__ == "__main__":

@@ -46,9 +46,9 @@ class PhantomConfig:
     size: int = 112  # pixels
     train_questions: float = 2.0  # of each kind of file, an image
     test_questions: float = 2.0
-    vision_studies: int = 3000  # images of the vision tower's pretraining, in hundreds
-    vision_steps: int = 1500
-    language_steps: int = 600
+    vision_studies: int = 2400  # images of the vision tower's pretraining, in hundreds
+    vision_steps: int = 1200
+    language_steps: int = 500
 
 
 @dataclass

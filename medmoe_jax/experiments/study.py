@@ -116,19 +116,23 @@ class Study:
             spec = {"kind": "start", "init": init, "content": fingerprint(init)}
             return Cell(f"start-{llm}", spec, (), link)
 
+        model = self.cfg.phases(llm).stage1.model
+
         def see(folder: Path, _: list[Path]) -> None:
             checkpoints.make_vision(
-                folder / "clip", llm, 0, phantoms.vision_studies, phantoms.vision_steps
+                folder / "clip", model, 0, phantoms.vision_studies, phantoms.vision_steps
             )
 
         def read(folder: Path, _: list[Path]) -> None:
-            checkpoints.make_language(folder / "llm", llm, 0, phantoms.language_steps, signs=True)
+            checkpoints.make_language(folder / "llm", model, 0, phantoms.language_steps, signs=True)
 
         def join(folder: Path, parents: list[Path]) -> None:
             to_jax(parents[1] / "llm", folder / "model", vision=parents[0] / "clip", seed=0)
 
-        tower = {"kind": "clip", "n": phantoms.vision_studies, "steps": phantoms.vision_steps}
-        words = {"kind": "llm", "llm": llm, "steps": phantoms.language_steps}
+        shapes = dataclasses.asdict(model)
+        tower = {"kind": "clip", "shape": shapes["vision"], "steps": phantoms.vision_steps}
+        tower |= {"studies": phantoms.vision_studies}
+        words = {"kind": "llm", "shape": shapes["llm"], "steps": phantoms.language_steps}
         parts = Cell("clip", tower, (), see), Cell(f"llm-{llm}", words, (), read)
         return Cell(f"start-{llm}", {"kind": "join"}, parts, join)
 

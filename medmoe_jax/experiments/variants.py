@@ -56,6 +56,8 @@ def variants(cfg: StudyConfig) -> dict[str, Variant]:
             "Med-MoE, more classification data", roles=("tune", "classify", "classify_more")
         ),
     }
+    for rank in cfg.lora_ranks:
+        found[f"lora{rank}"] = Variant(f"LoRA, rank {rank}", {"lora.rank": rank})
     for k in (1, 2):
         found[f"top{k}"] = Variant(f"top-{k}", {"model.moe.top_k": k})
     for experts in (2, 4, 6):
