@@ -29,17 +29,17 @@ from medmoe_jax.experiments.config import Phases, StudyConfig, override
 SIZES = {"tiny": ("tiny", "tiny_stablelm"), "full": ("phi2", "stablelm")}
 PHASES = ("stage1", "stage2", "router", "stage3")
 QUIET: dict[str, Any] = {"log.every": 50, "log.save_every": 100000, "log.tensorboard": False}
-# What a tiny phase needs to learn enough to be compared, and no more. One length a phase is one
-# compilation.
+# What a tiny phase needs to learn enough to be compared, and no more. All phantom rows of a phase
+# fit into its first length: one compilation.
 SHORT: dict[str, dict[str, Any]] = {
-    "stage1": {"optim.epochs": 3.0, "data.buckets": (128,)},
-    "stage2": {"optim.epochs": 3.0, "data.buckets": (224, 288)},
-    "router": {"data.buckets": (224, 288)},
+    "stage1": {"optim.epochs": 3.0, "data.buckets": (64, 512)},
+    "stage2": {"optim.epochs": 6.0, "data.buckets": (176, 512)},
+    "router": {"data.buckets": (176, 512)},
     "stage3": {
         "optim.epochs": 1.0,
         "optim.batch_size": 8,
         "optim.lr": 2e-3,
-        "data.buckets": (128,),
+        "data.buckets": (96, 512),
     },
 }
 # Narrower than the demonstration's models: a study has some sixty of them.

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from medmoe_jax.config import ConfigError, RunConfig
+from medmoe_jax.config import ConfigError, MoeConfig, RunConfig
 from medmoe_jax.experiments.cells import DONE, Cell, Store, every, fingerprint
-from medmoe_jax.experiments.config import StudyConfig, override
+from medmoe_jax.experiments.config import StudyConfig, changed, override
 from medmoe_jax.experiments.study import Study
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "experiments.py"
@@ -89,6 +89,16 @@ def test_override_names_fields_by_path():
     assert run.optim.epochs == RunConfig().optim.epochs
     with pytest.raises(ConfigError, match="no field 'rate'"):
         override(RunConfig(), {"optim.rate": 1.0})
+
+
+def test_a_spec_holds_what_differs_from_the_defaults():
+    run = override(RunConfig(), {"optim.lr": 1.0, "train": ("a",), "model.moe": MoeConfig(top_k=2)})
+    assert changed(run, RunConfig()) == {
+        "model": {"moe": {"top_k": 2}},
+        "train": ["a"],
+        "optim": {"lr": 1.0},
+    }
+    assert changed(override(run, {"model.moe": MoeConfig()}), RunConfig())["model"] == {"moe": {}}
 
 
 def test_cells_of_a_study_are_shared():

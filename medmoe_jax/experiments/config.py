@@ -44,8 +44,8 @@ class PhantomConfig:
     train: int = 800  # images
     test: int = 160  # images
     size: int = 112  # pixels
-    train_questions: float = 2.0  # of each kind of file, an image
-    test_questions: float = 2.0
+    train_questions: float = 1.6  # of each kind of file, an image
+    test_questions: float = 1.5
     vision_studies: int = 2400  # images of the vision tower's pretraining, in hundreds
     vision_steps: int = 1200
     language_steps: int = 500
@@ -94,3 +94,19 @@ def override(config: Any, changes: dict[str, Any]) -> Any:
         new = override(getattr(config, name), {rest: value}) if rest else value
         config = dataclasses.replace(config, **{name: new})
     return config
+
+
+def changed(config: Any, default: Any) -> dict[str, Any]:
+    """The fields of a dataclass that differ from those of `default`, JSON. What is left out stays
+    the same where a later version has more fields."""
+    found = {}
+    for field_ in dataclasses.fields(config):
+        value, usual = getattr(config, field_.name), getattr(default, field_.name)
+        if value == usual:
+            continue
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            same = usual if type(usual) is type(value) else type(value)()
+            found[field_.name] = changed(value, same)
+        else:
+            found[field_.name] = list(value) if isinstance(value, tuple) else value
+    return found

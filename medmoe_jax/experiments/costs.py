@@ -45,13 +45,13 @@ def training_memory(run: RunConfig) -> dict[str, float]:
     """Bytes of a device that one training step takes, as the compiler says.
 
     Args:
-      run: phase 3; the longest of its buckets is the length of a row.
+      run: phase 3; the first of its buckets is the length of a row.
 
     Returns:
       weights and optimiser (held between steps), working (beside them, at its highest), total.
     """
     mesh = sharding.make_mesh(run.mesh)
-    length = max(run.data.buckets) if run.data.buckets else run.data.max_length
+    length = run.data.buckets[0] if run.data.buckets else run.data.max_length
     given = programs.abstract(run, mesh, length, 1)
     with jax.set_mesh(mesh), _no_stored_programs():
         made = step.make_step(run, layout.model_of(run), given.tx, given.state)

@@ -22,7 +22,7 @@ from medmoe_jax.demo import checkpoints
 from medmoe_jax.evaluation import rows as question_rows
 from medmoe_jax.experiments import answers
 from medmoe_jax.experiments.cells import Cell, Json, fingerprint
-from medmoe_jax.experiments.config import StudyConfig, override
+from medmoe_jax.experiments.config import StudyConfig, changed, override
 from medmoe_jax.experiments.variants import variant
 
 # Of the files that phantom data have, by role.
@@ -190,7 +190,7 @@ class Study:
         run = dataclasses.replace(run, seed=seed)
         spec: Json = {
             "kind": "phase",
-            "run": {k: v for k, v in dataclasses.asdict(run).items() if k not in NOT_IN_SPEC},
+            "run": {k: v for k, v in changed(run, RunConfig()).items() if k not in NOT_IN_SPEC},
             "router": run.router,
             "files": [self.content(role) for role in (*roles, *held_out)],
             "images": self.cfg.files.image_folder,
