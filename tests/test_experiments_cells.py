@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import runpy
 from dataclasses import replace
 from pathlib import Path
@@ -74,6 +75,17 @@ def test_a_cut_off_cell_is_made_anew_or_goes_on(tmp_path: Path):
     with pytest.raises(FileNotFoundError):
         store.get(failing)
     assert not (store.place(failing) / DONE).exists()
+
+
+def test_what_another_process_makes_is_left_to_it(tmp_path: Path):
+    """An open lock file stands for the other process: locks belong to open files."""
+    log: list[str] = []
+    cell, store = counting("a", {}, (), log), Store(tmp_path)
+    with (store.root / f".{cell.digest[:10]}.lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert not store.attempt(cell, wait=False) and not log
+    assert store.attempt(cell, wait=False) and log == ["a"]
+    assert store.attempt(cell, wait=False) and log == ["a"]
 
 
 def test_files_are_known_by_their_content(tmp_path: Path):

@@ -30,6 +30,7 @@ from medmoe_jax.experiments.study import Study
 from medmoe_jax.metrics import MissingExtra
 from medmoe_jax.report import NotFinite
 
+PAUSE = 0.5  # seconds between two looks for work that another process has not taken
 FAULTS = (
     *(ConfigError, checkpoint.CheckpointError, ConversionError, problems.DataError),
     *(NotFinite, MissingExtra, FileNotFoundError),
@@ -62,20 +63,32 @@ def in_turn(study: Study, names: list[str], worker: int) -> list[Cell]:
 
 
 def work(study: Study, store: Store, names: list[str], worker: int) -> dict[str, str]:
-    """Makes the missing cells. Returns cell -> what went wrong."""
-    cells, wrong = in_turn(study, names, worker), {}
-    missing = sum(not store.done(cell) for cell in cells)
-    print(f"{len(cells)} cells, {missing} of them to do", flush=True)
-    for cell in cells:
-        broken = [parent.name for parent in cell.parents if parent.name in wrong]
-        if broken:
-            wrong[cell.name] = f"needs {', '.join(broken)}"
-            continue
-        try:
-            store.get(cell)
-        except FAULTS as error:
-            wrong[cell.name] = str(error)
-            print(f"error in {cell.name}: {error}", file=sys.stderr, flush=True)
+    """Makes the missing cells, those that other workers are at excepted, until all are there.
+
+    Returns cell -> what went wrong.
+    """
+    cells = in_turn(study, names, worker)
+    pending = [cell for cell in cells if not store.done(cell)]
+    print(f"{len(cells)} cells, {len(pending)} of them to do", flush=True)
+    wrong: dict[str, str] = {}
+    failed: set[str] = set()  # digests
+    while pending:
+        rest = []
+        for cell in pending:
+            broken = [parent.name for parent in cell.parents if parent.digest in failed]
+            try:
+                if broken:
+                    raise ConfigError(f"needs {', '.join(broken)}")
+                ready = all(store.done(parent) for parent in cell.parents)
+                if not ready or not store.attempt(cell, wait=False):
+                    rest.append(cell)
+            except FAULTS as error:
+                wrong[cell.name] = str(error)
+                failed.add(cell.digest)
+                print(f"error in {cell.name}: {error}", file=sys.stderr, flush=True)
+        if len(rest) == len(pending):
+            time.sleep(PAUSE)  # the others are at it
+        pending = rest
     return wrong
 
 

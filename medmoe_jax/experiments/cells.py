@@ -84,12 +84,22 @@ class Store:
 
         Several processes may share a run directory: each cell is made by one, the others wait.
         """
-        if self.done(cell):
-            return self.place(cell)
-        parents = [self.get(parent) for parent in cell.parents]
-        with self._alone(cell):
-            if self.done(cell):
-                return self.place(cell)
+        if not self.done(cell):
+            for parent in cell.parents:
+                self.get(parent)
+            self.attempt(cell)
+        return self.place(cell)
+
+    def attempt(self, cell: Cell, wait: bool = True) -> bool:
+        """Makes a cell whose parents are finished, unless it is there.
+
+        Returns:
+          Whether it is finished now; False only without `wait`, where another process is at it.
+        """
+        with self._alone(cell, wait) as mine:
+            if not mine or self.done(cell):
+                return mine
+            parents = [self.place(parent) for parent in cell.parents]
             folder = self.place(cell)
             if folder.exists() and not cell.resumes:
                 shutil.rmtree(folder)
@@ -110,18 +120,23 @@ class Store:
             partial.write_text(json.dumps(known, indent=1) + "\n")
             partial.replace(folder / DONE)
             print(f"--- {cell.name}: {known['seconds']:.1f} s", flush=True)
-            return folder
+            return True
 
     def known(self, cell: Cell) -> Json:
         """What is noted about a finished cell: spec, seconds, version, devices."""
         return json.loads((self.place(cell) / DONE).read_text())
 
     @contextmanager
-    def _alone(self, cell: Cell) -> Iterator[None]:
-        """Holds the cell's lock, which the system drops when a process ends, however it ends."""
+    def _alone(self, cell: Cell, wait: bool) -> Iterator[bool]:
+        """Holds the cell's lock, which the system drops when a process ends, however it ends; gives
+        whether it does."""
         with (self.root / f".{cell.digest[:DIGITS]}.lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+                return
+            yield True
 
 
 def every(cells: list[Cell]) -> list[Cell]:
