@@ -78,7 +78,7 @@ def work(study: Study, store: Store, names: list[str], worker: int) -> dict[str,
             broken = [parent.name for parent in cell.parents if parent.digest in failed]
             try:
                 if broken:
-                    raise ConfigError(f"needs {', '.join(broken)}")
+                    raise ConfigError(f"it needs {', '.join(broken)}, which failed")
                 ready = all(store.done(parent) for parent in cell.parents)
                 if not ready or not store.attempt(cell, wait=False):
                     rest.append(cell)
