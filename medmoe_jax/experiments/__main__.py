@@ -72,9 +72,12 @@ def work(study: Study, store: Store, names: list[str], worker: int) -> dict[str,
     print(f"{len(cells)} cells, {len(pending)} of them to do", flush=True)
     wrong: dict[str, str] = {}
     failed: set[str] = set()  # digests
+    parent = os.getppid()
     while pending:
         rest = []
         for cell in pending:
+            if worker and os.getppid() != parent:
+                sys.exit("the process that started this worker has ended")
             broken = [parent.name for parent in cell.parents if parent.digest in failed]
             try:
                 if broken:
