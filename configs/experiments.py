@@ -33,8 +33,8 @@ QUIET: dict[str, Any] = {"log.every": 50, "log.save_every": 100000, "log.tensorb
 # fit into its first length: one compilation.
 SHORT: dict[str, dict[str, Any]] = {
     "stage1": {"optim.epochs": 3.0, "data.buckets": (64, 512)},
-    "stage2": {"optim.epochs": 6.0, "data.buckets": (176, 512)},
-    "router": {"data.buckets": (176, 512)},
+    "stage2": {"optim.epochs": 5.0, "data.buckets": (176, 512)},
+    "router": {"optim.epochs": 2.0, "data.buckets": (176, 512)},
     "stage3": {
         "optim.epochs": 1.0,
         "optim.batch_size": 8,
