@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import tiny_runs
 
-from medmoe_jax.config import MoeConfig, RunConfig
-from medmoe_jax.experiments import answers, paper, report
+from medmoe_jax.config import ConfigError, MoeConfig, RunConfig
+from medmoe_jax.experiments import __main__ as main
+from medmoe_jax.experiments import answers, costs, paper, report
 from medmoe_jax.experiments import compare as comparing
-from medmoe_jax.experiments.cells import DONE, Store
+from medmoe_jax.experiments.catalogue import COMPARISONS, EXPERIMENTS
+from medmoe_jax.experiments.cells import DONE, Cell, Store, every
 from medmoe_jax.experiments.compare import Comparison, Pair, Row
 from medmoe_jax.experiments.config import FilesConfig, Phases, StudyConfig
 from medmoe_jax.experiments.result import Claim, Result, Table, claim, markdown
@@ -171,3 +173,56 @@ def test_tables_of_the_paper_are_whole():
     for name, table in paper.TABLES.items():
         assert all(len(row) == len(table.columns) for row in table.rows.values()), name
     assert comparing.OPEN_CLOSED == ("open", "closed")
+
+
+def test_sizes_are_those_of_table_14(tmp_path: Path):
+    cfg = runpy.run_path(str(ROOT / "configs" / "experiments.py"))["get_config"]("tiny")
+    result = costs.table14("table14", Study(cfg, 1), Store(tmp_path), tmp_path)
+    assert len(result.claims) == 4 and all(c.verdict in (1, -1) for c in result.claims)
+    phi = next(row for row in result.tables[0].rows if row[0] == "Med-MoE (Phi2)")
+    assert phi[1:6] == ("4", "2", "16", "2560", "32") and phi[6] == "3.62B"
+    activated = next(c for c in result.claims if c.text.startswith("Med-MoE (Phi2): 3.6B"))
+    assert activated.words() == "reproduced" and activated.evidence == "3.62B counted"
+
+
+def test_every_experiment_has_cells_and_shares_them():
+    cfg = runpy.run_path(str(ROOT / "configs" / "experiments.py"))["get_config"]("tiny")
+    study = Study(cfg, 2)
+    lists = {name: one.cells(study) for name, one in EXPERIMENTS.items()}
+    assert {"table1", "table7", "table8", "table14", "routing_null"} <= set(lists)
+    whole = every([cell for cells in lists.values() for cell in cells])
+    names = [cell.name for cell in whole]
+    assert len(set(names)) == len(names)  # equal names are equal work
+    assert len(whole) < sum(len(every(cells)) for cells in lists.values()) / 2
+    for name, table in paper.TABLES.items():
+        assert name in EXPERIMENTS and table.rows
+    titles = {name: [row.title for row in c.rows] for name, c in COMPARISONS.items()}
+    for name, comparison in COMPARISONS.items():
+        for pair in comparison.pairs:
+            assert {pair.first, pair.second} <= set(titles[name]), name
+
+
+def test_names_on_the_command_line():
+    assert main.chosen(["table9", "table1"]) == ["table1", "table9"]
+    assert main.chosen(["all"]) == list(EXPERIMENTS)
+    for words in ([], ["table99"]):
+        with pytest.raises(ConfigError, match="use all, report or some of table1"):
+            main.chosen(words)
+
+
+def test_a_failed_cell_fails_what_needs_it_alone(tmp_path: Path):
+    log: list[str] = []
+
+    def cell(name: str, *parents: Cell) -> Cell:
+        def make(folder: Path, _: list[Path]) -> None:
+            if name == "bad":
+                raise ConfigError("no good")
+            log.append(name)
+
+        return Cell(name, {"name": name}, parents, make)
+
+    bad = cell("bad")
+    leaves = [cell("child", bad), cell("other", cell("base"))]
+    wrong = main.work(every(leaves), Store(tmp_path), 0)
+    assert wrong == {"bad": "no good", "child": "it needs bad, which failed"}
+    assert log == ["base", "other"]

@@ -62,12 +62,11 @@ def in_turn(study: Study, names: list[str], worker: int) -> list[Cell]:
     return every(found)
 
 
-def work(study: Study, store: Store, names: list[str], worker: int) -> dict[str, str]:
+def work(cells: list[Cell], store: Store, worker: int) -> dict[str, str]:
     """Makes the missing cells, those that other workers are at excepted, until all are there.
 
     Returns cell -> what went wrong.
     """
-    cells = in_turn(study, names, worker)
     pending = [cell for cell in cells if not store.done(cell)]
     print(f"{len(cells)} cells, {len(pending)} of them to do", flush=True)
     wrong: dict[str, str] = {}
@@ -114,7 +113,7 @@ def run(study: Study, names: list[str], workdir: Path, jobs: int, worker: int) -
     started, store = time.perf_counter(), Store(workdir)
     others = helpers(jobs) if worker == 0 else []
     share_cores(worker, jobs)
-    wrong = work(study, store, names, worker)
+    wrong = work(in_turn(study, names, worker), store, worker)
     for other in others:
         other.wait()
     if worker:
