@@ -51,7 +51,7 @@ ALLOWED = {
     r"evaluation(\..*)?": r"config|metrics|data\.(problems|sources)|evaluation(\..*)?",
 }
 ENTRY = r"train|info|chat|evaluate|(.*\.)?__main__"
-# Experiments run many phases: a process for each would spend most of its time on starting. And their
+# Experiments run many phases: a process for each would spend most of its time on starting. Their
 # tables hold what `info` counts.
 ABOVE_ENTRIES = {"experiments.study": {"train"}, "experiments.costs": {"info"}}
 OPTIONAL = {
