@@ -44,7 +44,7 @@ DENSE = (
 REMEDY = {"remedy": "--on-error skip", "place": "--image-folder"}
 
 
-def pictures(sample: Sample, image_folder: str, model: Model) -> list[Any]:
+def pictures(sample: Sample, image_folder: str) -> list[Any]:
     """The images of a sample as `explain` takes them: files, or pictures out of records."""
     if is_records(sample.file):
         record = Records(sample.file)[sample.row]
@@ -72,7 +72,7 @@ def faithfulness(
         raise DataError("--faithfulness needs rows with images; there are none")
     curves = []
     for sample in tqdm(seen, desc="faithfulness", unit="question", dynamic_ncols=True):
-        shown = pictures(sample, image_folder, model)
+        shown = pictures(sample, image_folder)
         found = explain.explain(model, question_of(sample), shown, settings=how)
         assert found.curve is not None
         curves.append(found.curve)
@@ -213,7 +213,7 @@ def analyse(args: argparse.Namespace) -> None:
     )
     done, folder = Analysis(args.out, problems), args.image_folder
     if chosen:
-        shown = pictures(chosen, folder, model)
+        shown = pictures(chosen, folder)
         asked = question_of(chosen)
         done.explanation(explain.explain(model, asked, shown, args.answer, how))
     elif args.ask:

@@ -65,7 +65,7 @@ def loads(report: Mapping[str, Any], path: Path) -> Path:
             for axes, group in zip(row, groups, strict=True):
                 _stacked(axes, [rows[group, kind, n] for n in layers], report["experts"])
                 axes.set_yticks(range(len(layers)), [str(n) for n in layers])
-            row[0].set_ylabel(f"{kind} tokens\nlayer")
+            row[0].set_ylabel(f"{kind} tokens\nlayer", fontsize=8)
         for axes, group in zip(panels[0], groups, strict=True):
             axes.set_title(group)
         panels[0][0].invert_yaxis()
@@ -74,7 +74,7 @@ def loads(report: Mapping[str, Any], path: Path) -> Path:
         handles, labels = panels[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
 
-    height = len(kinds) * (0.6 + 0.16 * len(layers)) + 0.6
+    height = len(kinds) * (0.55 + max(0.16 * len(layers), 0.6)) + 0.7
     return save(path, (2 * WIDTH, height), draw_on)
 
 
@@ -123,7 +123,7 @@ def _confusion(axes: Any, found: Mapping[str, Any]) -> None:
         axes.text(j, i, str(n), ha="center", va="center", color="white" if dark else "black")
     axes.set_xticks(range(len(names)), names)
     axes.set_yticks(range(len(names)), names)
-    axes.set(xlabel="router", ylabel="truth", title=f"accuracy {found['accuracy']:.1%}")
+    axes.set(xlabel=f"router (accuracy {found['accuracy']:.1%})", ylabel="truth")
 
 
 def overlay(found: Explanation, path: Path) -> Path:

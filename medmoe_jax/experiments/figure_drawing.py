@@ -27,8 +27,8 @@ def principal(points: np.ndarray) -> np.ndarray:
 
 
 def embeddings(path: Path, traces: Mapping[str, Trace], found: Rows) -> Path:
-    """Samples in the plane of their router scores, a panel a router."""
-    figure, style = new_figure(2 * WIDTH, 0.85 * WIDTH)
+    """Samples in the plane of their router scores, a panel a router with its levels above."""
+    figure, style = new_figure(2 * WIDTH, WIDTH)
     with style:
         panels = figure.subplots(1, len(traces), squeeze=False)[0]
         for axes, (title, trace) in zip(panels, traces.items(), strict=True):
@@ -36,13 +36,8 @@ def embeddings(path: Path, traces: Mapping[str, Trace], found: Rows) -> Path:
             for m, modality in enumerate(MODALITIES):
                 here = points[trace.modality == m]
                 axes.plot(*here.T, MARKS[m], color=COLOURS[m], markersize=2.5, label=modality)
-            row = found[title]
-            axes.set_title(
-                f"{title}\naccuracy {row['samples'].text()} %, of image tokens "
-                f"{row['image tokens'].text()} %\nsilhouette x 100 "
-                f"{row['silhouette x 100'].text()}",
-                fontsize=7,
-            )
+            lines = [f"{column}: {value.text()}" for column, value in found[title].items()]
+            axes.set_title("\n".join([title, *lines]), fontsize=7)
             axes.set(xticks=[], yticks=[], xlabel="component 1")
         panels[0].set_ylabel("component 2")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)

@@ -123,8 +123,9 @@ class Depths:
             claim(f"three layers are better than one ({column})", apart[column], of_paper=False)
             for column in (SAMPLE, IMAGE_TOKEN, SILHOUETTE)
         )
+        shown = {name: {c: row[c] for c in columns} for name, row in found.items()}
         picture = drawing.embeddings(
-            folder / f"{name}.png", {f"{d} layer(s)": traces[d][0][0] for d in DEPTHS}, found
+            folder / f"{name}.png", {f"{d} layer(s)": traces[d][0][0] for d in DEPTHS}, shown
         )
         return Result(
             name,
