@@ -105,6 +105,43 @@ def test_in_a_scan_that_recomputes_and_in_half_precision() -> None:
             np.testing.assert_allclose(a / scale, b / scale, atol=tolerance)
 
 
+@pytest.mark.parametrize("family", ["phi", "stablelm"])
+def test_the_form_that_saves_memory(family: str) -> None:
+    """That of 16 bits has the gradients of the obvious sum, by the weights of the choice too."""
+    n_experts, tokens, top_k = 3, 140, 2
+    p = small_models.fill(layers.mlp_leaves(family, WIDTH, FFN, (n_experts,)))
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((1, tokens, WIDTH)), jnp.float32)
+    choice = chosen("mixed", tokens, n_experts, top_k)
+    weight = jnp.asarray(rng.uniform(0.1, 1, choice.shape), jnp.float32)
+
+    def gradient(form: Any, dtype: Any) -> Any:
+        def total(p: Any, x: Any, weight: Any) -> Any:
+            y = form(p, x.astype(dtype), choice, weight, n_experts).astype(jnp.float32)
+            return (y * jnp.sin(jnp.arange(y.size)).reshape(y.shape)).sum()
+
+        return jax.jit(jax.grad(total, (0, 1, 2)))(p, x, weight)
+
+    want = gradient(experts.reference, jnp.float32)
+    have = gradient(partial(tiles.tiled, product=products.plain), jnp.bfloat16)
+    for a, b in zip(*map(jax.tree.leaves, (have, want)), strict=True):
+        np.testing.assert_allclose(a / np.abs(b).max(), b / np.abs(b).max(), atol=0.02)
+
+
+@pytest.mark.parametrize("arguments", [1, 2])
+def test_thrifty_derivatives(arguments: int) -> None:
+    rng = np.random.default_rng(0)
+    share = jnp.asarray(rng.uniform(0.1, 1, (6, 1)), jnp.float32)
+    before = [jnp.asarray(rng.standard_normal((6, 20)), jnp.float32) for _ in range(arguments)]
+
+    def gradient(form: Any) -> Any:
+        return jax.grad(lambda *a: jnp.sin(form(*a)).sum(), tuple(range(1 + arguments)))
+
+    have, want = (gradient(f)(share, *before) for f in (tiles._thrifty_hidden, tiles._hidden))
+    for a, b in zip(have, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("counts", [(0, 5, 0), (4, 4, 4), (1, 0, 11), (0, 0, 0), (12, 0, 0)])
 def test_layout(counts: tuple[int, ...]) -> None:
     """Every pair has a row of its own among those of its expert, which begin at a tile."""

@@ -132,6 +132,8 @@ def spread(p: Params, x: Array, choice: Array, weight: Array, n_experts: int) ->
     # checks the gradients of weights that several devices hold are summed behind `run`, not in the
     # branches of `grouped`, which these devices do not all take: a deadlock.
     split = jax.shard_map(run, in_specs=specs, out_specs=tokens, check_vma=False)
+    # Before the devices exchange them, so that less travels; the gradients come back like this too.
+    p = {k: v | {"kernel": layers.cast(v["kernel"], x.dtype)} for k, v in p.items()}
     return split(p, x, choice, weight)
 
 

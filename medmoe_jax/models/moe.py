@@ -186,13 +186,22 @@ def moe_layer(
         )
         if not cfg.meta:
             return y, routing
-        meta = layers.mlp(p["meta"], x)
+        meta = _meta(p["meta"], x)
         if cfg.use_residual:
             # The official "residual MLP" shares its parameters with the meta expert, which is added
             # once more.
             mix = jax.nn.softmax(layers.linear(p["coefficient"], x), axis=-1)
             y = y * mix[..., :1] + meta * mix[..., 1:]
         return y + meta, routing
+
+
+def _meta(p: Params, x: Array) -> Array:
+    """The meta expert. In 16 bits, as on accelerators, its hidden layer is computed again in the
+    backward pass."""
+    if x.dtype == jnp.float32:
+        return layers.mlp(p, x)
+    save = jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims
+    return jax.checkpoint(layers.mlp, policy=save)(p, x)
 
 
 class MoeLayer(nn.Module):

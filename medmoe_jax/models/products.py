@@ -106,7 +106,9 @@ def _tpu_rows(
 def _tpu_forward(
     rows: Array, kernels: Array, sizes: Array, tile: int, interpret: bool
 ) -> tuple[Array, tuple[Array, Array, Array]]:
-    return _tpu(rows, kernels, sizes, tile, interpret), (rows, kernels, sizes)
+    # What follows is not mixed into the last step of the product, which can then do it in place.
+    y = jax.lax.optimization_barrier(_tpu(rows, kernels, sizes, tile, interpret))
+    return y, (rows, kernels, sizes)
 
 
 def _tpu_backward(
@@ -116,7 +118,6 @@ def _tpu_backward(
 
     rows, kernels, sizes = kept
     n_experts, k, n = kernels.shape
-    drows = _tpu_rows(dy, kernels, sizes, tile, interpret, transposed=True)
     dkernels = tgmm(
         rows.swapaxes(0, 1),
         dy,
@@ -126,6 +127,9 @@ def _tpu_backward(
         num_actual_groups=n_experts,
         interpret=interpret,
     )
+    # In this order, so that the rows' memory is free for their gradient.
+    dy, dkernels = jax.lax.optimization_barrier((dy, dkernels))
+    drows = _tpu_rows(dy, kernels, sizes, tile, interpret, transposed=True)
     return drows, dkernels, None
 
 

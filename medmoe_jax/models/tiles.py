@@ -97,13 +97,46 @@ def tiled(
     pairs = where.place.reshape(-1, k)
     # The token of pair n is n // k; that of the pair "none" is one behind the last.
     rows = _take(x.reshape(-1, d), where.source // k, pairs)
-    y = _mlp(p, rows, where.sizes, tile, product)
-    y = _take(y, where.place, where.source[:, None]).reshape(b, t, k, d)
-    return (y * weight.astype(x.dtype)[..., None]).sum(-2)
+    share = _take(weight.astype(x.dtype).reshape(-1, 1), where.source, where.place[:, None])
+    y = _mlp(p, rows, share, where.sizes, tile, product)
+    return _take(y, where.place, where.source[:, None]).reshape(b, t, k, d).sum(-2)
 
 
-def _mlp(p: Params, rows: Array, sizes: Array, tile: int, product: Product) -> Array:
-    """`layers.mlp` of each row with the parameters of its expert."""
+def _hidden(share: Array, *before: Array) -> Array:
+    """share [R, 1] times the hidden layer of an FFN: of GELU's argument, or of SwiGLU's two."""
+    if len(before) == 2:
+        return share * (jax.nn.silu(before[0]) * before[1])
+    return share * jax.nn.gelu(*before, approximate=True)
+
+
+@jax.custom_vjp
+def _thrifty_hidden(share: Array, *before: Array) -> Array:
+    """`_hidden`, its derivatives in an order in which those by `before` can take the place of the
+    one that is given."""
+    return _hidden(share, *before)
+
+
+def _hidden_forward(share: Array, *before: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _hidden(share, *before), (share, *before)
+
+
+def _hidden_backward(kept: tuple[Array, ...], dy: Array) -> tuple[Array, ...]:
+    share, *before = kept
+    dshare = (dy * _hidden(jnp.ones_like(share), *before)).sum(-1, keepdims=True)
+    dy, dshare = jax.lax.optimization_barrier((dy, dshare))
+    _, pull = jax.vjp(lambda *before: _hidden(share, *before), *before)
+    return dshare, *pull(dy)
+
+
+_thrifty_hidden.defvjp(_hidden_forward, _hidden_backward)
+
+
+def _mlp(p: Params, rows: Array, share: Array, sizes: Array, tile: int, product: Product) -> Array:
+    """share [R, 1] times `layers.mlp` of each row with the parameters of its expert.
+
+    The share enters in front of the last product: the backward pass then needs nothing of what is
+    behind it, so with rematerialisation that product is not done again.
+    """
     ends = jnp.cumsum(sizes)[None]
     number = jnp.arange(len(rows))[:, None]
     owner = ((number >= ends - sizes[None]) & (number < ends)).astype(rows.dtype)  # [R, E], 0 or 1
@@ -111,19 +144,30 @@ def _mlp(p: Params, rows: Array, sizes: Array, tile: int, product: Product) -> A
     def grouped(rows: Array, kernels: Array) -> Array:
         return product(rows, kernels, sizes, tile=tile)
 
-    def linear(p: Params, rows: Array) -> Array:
+    def times(p: Params, rows: Array) -> Array:
         kernel = p["kernel"]
         if isinstance(kernel, (quantized.Int8, quantized.Int4)):
             kernel = quantized.dequantize(kernel)
-        y = grouped(rows, kernel.astype(rows.dtype))
-        if "lora_a" in p:
-            y += layers.low_rank(p, rows, grouped)
-        if "bias" not in p:
-            return checkpoint_name(y, layers.EXPERTS)
-        # A product, because the derivative of a gather of biases is a scatter.
-        y = y + jnp.matmul(owner, p["bias"].astype(y.dtype), precision="highest")
-        return checkpoint_name(y, layers.EXPERTS)
+        y = grouped(rows, layers.cast(kernel, rows.dtype))
+        return y + layers.low_rank(p, rows, grouped) if "lora_a" in p else y
 
-    if "gate" in p:
-        return linear(p["down"], jax.nn.silu(linear(p["gate"], rows)) * linear(p["up"], rows))
-    return linear(p["fc2"], jax.nn.gelu(linear(p["fc1"], rows), approximate=True))
+    def plus(bias: Array | None, y: Array, owner: Array) -> Array:
+        # A product, because the derivative of a gather of biases is a scatter.
+        if bias is None:
+            return y
+        return y + jnp.matmul(owner, bias.astype(y.dtype), precision="highest")
+
+    # Numbers of 16 bits are those of accelerators, where memory is what there is too little of.
+    thrifty = rows.dtype != jnp.float32
+
+    def rest(p: Params, biases: list[Array | None], *before: Array) -> Array:
+        before = tuple(plus(b, y, owner) for b, y in zip(biases, before, strict=True))
+        hidden = (_thrifty_hidden if thrifty else _hidden)(share, *before)
+        return plus(p.get("bias"), times(p, hidden), share * owner)
+
+    if thrifty:  # the backward pass computes the hidden layer again
+        rest = jax.checkpoint(rest)
+    first, last = (("gate", "up"), "down") if "gate" in p else (("fc1",), "fc2")
+    before = [checkpoint_name(times(p[k], rows), layers.EXPERTS) for k in first]
+    y = rest(p[last], [p[k].get("bias") for k in first], *before)
+    return checkpoint_name(y, layers.EXPERTS)

@@ -1,0 +1,71 @@
+"""Casts of kernels: what they give, and that XLA leaves them in the loop over layers."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from medmoe_jax.models import layers, quantized
+from medmoe_jax.plan import hlo_text, targets
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+def test_a_cast_is_a_conversion() -> None:
+    """Bit for bit, for halfway cases and numbers beyond all as well, and so is the derivative."""
+    rng = np.random.default_rng(0)
+    numbers = rng.standard_normal(4096) * 10.0 ** rng.integers(-40, 38, 4096)
+    halfway = (1 + 2.0**-8 + np.arange(64) * 2.0**-7) * 2.0 ** rng.integers(-126, 127, 64)
+    odd = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-45, 3.4e38]
+    x = jnp.asarray(np.concatenate([numbers, halfway, odd]), jnp.float32)
+    for dtype in (jnp.bfloat16, jnp.float32, jnp.float16):
+        have, pull = jax.vjp(lambda a, dtype=dtype: layers.cast(a, dtype), x)
+        want = x.astype(dtype)
+        assert have.dtype == dtype
+        np.testing.assert_array_equal(np.asarray(have, np.float32), np.asarray(want, np.float32))
+        (back,) = pull(want)
+        np.testing.assert_array_equal(back, np.asarray(want, np.float32))
+    half = x.astype(jnp.bfloat16)
+    assert layers.cast(half, jnp.float32).dtype == jnp.float32
+    packed = quantized.to_int8(jnp.ones((4, 4)))
+    assert layers.cast(packed, jnp.bfloat16) is packed
+
+
+@pytest.mark.slow
+@pytest.mark.tpu
+def test_no_stack_of_casts() -> None:
+    """A TPU's compiler would hold all layers' weights in 16 bits during the whole loop."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed (extra plan)")
+    targets.prepare("v5e:1x1")
+    place = jax.sharding.SingleDeviceSharding(targets.load("v5e:1x1").devices[0])
+    depth, width = 6, 1024
+
+    def stacks(cast: Any) -> int:
+        def loss(weights: Any, x: Any) -> Any:
+            def layer(x: Any, w: Any) -> tuple[Any, None]:
+                return x + jnp.tanh(x @ cast(w, x.dtype)), None
+
+            y, _ = jax.lax.scan(layers.remat(layer, "full"), x, weights)
+            return (y.astype(jnp.float32) ** 2).sum()
+
+        shapes = (
+            jax.ShapeDtypeStruct((depth, width, width), jnp.float32, sharding=place),
+            jax.ShapeDtypeStruct((512, width), jnp.bfloat16, sharding=place),
+        )
+        traced = jax.jit(jax.grad(loss)).trace(*shapes)
+        text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+        computations, _ = hlo_text.parse(text)
+        return sum(
+            op.kind == "convert" and op.shapes[0].dims == (depth, width, width)
+            for computation in computations.values()
+            for op in computation.values()
+        )
+
+    assert stacks(lambda w, dtype: w.astype(dtype)) > 0
+    assert stacks(layers.cast) == 0
