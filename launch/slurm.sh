@@ -4,6 +4,7 @@
 #   sbatch launch/slurm.sh --config configs/stage3.py:phi2 --workdir runs/stage3 --config.init=...
 #   sbatch --nodes=4 launch/slurm.sh ...                 four nodes, one process each with all its GPUs
 #   sbatch --nodes=4 --ntasks-per-node=8 launch/slurm.sh ...   one process for each GPU
+#   sbatch --nodes=2 --gpus-per-node=0 launch/slurm.sh ...     without GPUs
 #   bash launch/slurm.sh --dry-run ...                   prints what the job would run
 #
 # Needs: SLURM 20.11 or newer, an environment with `pip install -e '.[cuda]'` that all nodes see
@@ -33,7 +34,7 @@ if [ "${1:-}" = --dry-run ]; then
   shift
 fi
 if [ $# -eq 0 ]; then
-  sed -n '2,20p' "$0" >&2
+  sed -n '2,18p' "$0" >&2
   exit 2
 fi
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_runs
@@ -156,6 +157,55 @@ def test_skypilot_task() -> None:
     alone = run("bash", "-c", script, TRAIN=shlex.join(TRAIN), **nodes)
     assert alone.stdout.splitlines() == TAIL
     assert run("bash", "-c", script, TRAIN="", **nodes).returncode == 2
+
+
+def with_python_of(program: str, package: str, script: str, *arguments: str) -> Any:
+    """What `script` prints as JSON, run by the Python that a tool is installed for; skips where it
+    is not."""
+    found = shutil.which(program)
+    if found is None:
+        pytest.skip(f"{program} is not on the PATH (pip install {package})")
+    python = Path(found).read_text().splitlines()[0].removeprefix("#!")
+    done = run(python, "-c", script, *arguments)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_skypilot_takes_the_task() -> None:
+    """SkyPilot's own schema has all its keys, and it reads what is meant."""
+    script = """
+import json, sys, yaml, sky
+from sky.utils import common_utils, schemas
+task = yaml.safe_load(open(sys.argv[1]))
+common_utils.validate_schema(task, schemas.get_task_schema(), "task: ")
+common_utils.validate_schema(task["resources"], schemas.get_resources_schema(), "resources: ")
+read = sky.Task.from_yaml(sys.argv[1])
+(need,) = read.resources
+print(json.dumps([read.name, read.num_nodes, need.accelerators, need.use_spot, read.envs]))
+"""
+    found = with_python_of("sky", "skypilot", script, str(LAUNCH / "skypilot.yaml"))
+    assert found == ["medmoe", 1, {"H100": 8}, True, {"TRAIN": "", "EXTRA": "cuda"}]
+
+
+@pytest.mark.slow
+def test_xpk_takes_the_command() -> None:
+    """XPK's own parser knows all options of `gke_xpk.sh`."""
+    options = ["--cluster", "c", "--zone", "z", "--type", "v5litepod-16", "--image", "i"]
+    done = run("bash", LAUNCH / "gke_xpk.sh", "--dry-run", *options, "--slices", "2", "--", *TRAIN)
+    script = """
+import argparse, json, sys
+from xpk.parser.core import set_parser
+parser = argparse.ArgumentParser()
+set_parser(parser=parser)
+found = vars(parser.parse_args(sys.argv[1:]))
+print(json.dumps({key: value for key, value in found.items() if not callable(value)}))
+"""
+    words = shlex.split(done.stdout.splitlines()[0])
+    found = with_python_of("xpk", "xpk", script, *words[1:])
+    want = {"device_type": "v5litepod-16", "num_slices": 2, "docker_image": "i", "zone": "z"}
+    assert found | want | {"restart_on_exit_codes": "75"} == found
+    assert shlex.split(found["command"])[1:] == TAIL
 
 
 def test_docker_images_install_what_the_project_declares() -> None:
