@@ -30,9 +30,8 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore
 
-from medmoe_jax import lora
+from medmoe_jax import lora, stored
 from medmoe_jax.config import (
     ConfigError,
     LoraConfig,
@@ -40,15 +39,11 @@ from medmoe_jax.config import (
     model_from_dict,
     model_to_dict,
 )
+from medmoe_jax.stored import CheckpointError, Stored
 from medmoe_jax.upcycle import upcycle
 
 FORMAT = "medmoe_jax"
 VERSION = 1
-CHUNK_BYTES = 64 * 2**20  # largest piece of a leaf in one file
-
-
-class CheckpointError(ValueError):
-    """A model folder that cannot be read or written; the message names the file and the remedy."""
 
 
 @dataclass
@@ -94,17 +89,6 @@ class ModelMeta:
     phases: list[dict[str, Any]] = field(default_factory=list)
 
 
-class _SharedArray(np.ndarray):
-    """A numpy array that `deepcopy` does not copy.
-
-    Orbax copies host arrays before it writes them. A blocking save does not need that, and a
-    machine with little memory cannot afford it.
-    """
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _SharedArray:
-        return self
-
-
 @contextmanager
 def _without_ocdbt_notice() -> Iterator[None]:
     """Drops Orbax's log line about OCDBT files to merge: `save_model` writes none, by choice."""
@@ -129,13 +113,14 @@ def save_model(
     """Writes a model folder; returns when it is on disk.
 
     A model folder of this format at the same place is replaced. The extra memory is a few hundred
-    MiB however large the leaves are: they are written in chunks of `CHUNK_BYTES`, straight from
-    `params`. (OCDBT, Orbax's one-file layout, is not used because it gathers the whole checkpoint
-    in memory first.)
+    MiB however large the leaves are: they are written in chunks, straight from `params`, and by
+    several processes each its share. (OCDBT, Orbax's one-file layout, is not used because it
+    gathers the whole checkpoint in memory first.)
 
     Args:
       folder: where to write.
-      params: nested dict of numpy or JAX arrays (sharded ones included), any dtype.
+      params: nested dict of numpy arrays, JAX arrays (sharded ones included) and leaves of other
+        model folders (`open_model`), any dtype.
       meta: written as `config.json`.
       assets_from: another model folder whose tokenizer and image settings are copied; None leaves
         those in `folder` as they are.
@@ -156,11 +141,16 @@ def save_model(
         config_file.unlink(missing_ok=True)
         if assets_from is not None and Path(assets_from).absolute() != folder:
             _copy_assets(Path(assets_from), folder)
-    tree = jax.tree.map(
-        lambda x: x.view(_SharedArray) if isinstance(x, np.ndarray) else x, dict(params)
-    )
+    tree = dict(params)
     save_args = jax.tree.map(_save_args, tree)
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
+    handlers = ocp.type_handlers.create_type_handler_registry(
+        (jax.Array, ocp.type_handlers.ArrayHandler()),
+        (np.ndarray, stored.Handler()),
+        (Stored, stored.Handler()),
+    )
+    handler = ocp.PyTreeCheckpointHandler(
+        use_ocdbt=False, use_compression=False, type_handler_registry=handlers
+    )
     with _without_ocdbt_notice(), ocp.Checkpointer(handler) as checkpointer:
         args = ocp.args.PyTreeSave(tree, save_args=save_args)
         checkpointer.save(folder / "params", args=args, force=True)
@@ -176,8 +166,8 @@ def save_model(
 
 def _save_args(leaf: Any) -> ocp.SaveArgs:
     """How a leaf is cut: one of more than a chunk into its stacked matrices first."""
-    stacked = range(leaf.ndim - 2) if leaf.nbytes > CHUNK_BYTES else ()
-    return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=tuple(stacked))
+    stacked = range(leaf.ndim - 2) if leaf.nbytes > stored.CHUNK_BYTES else ()
+    return ocp.SaveArgs(chunk_byte_size=stored.CHUNK_BYTES, shard_axes=tuple(stacked))
 
 
 def read_meta(folder: str | os.PathLike[str]) -> ModelMeta:
@@ -225,6 +215,36 @@ def _read_delta(data: dict[str, Any], folder: Path) -> Delta:
         base = (folder / data["beside"]).resolve()
     settings = data["lora"] | {"targets": tuple(data["lora"]["targets"])}
     return Delta(str(base), data["fingerprint"], data["upcycle"], LoraConfig(**settings))
+
+
+def open_model(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], ModelMeta]:
+    """Opens a model folder without reading its parameters.
+
+    Returns:
+      The parameters, a nested dict of `Stored` leaves in the dtypes they were saved in, and the
+      meta data. A folder of adapters is read as `load_model` does it: their model is checked as a
+      whole.
+
+    Raises:
+      CheckpointError: as in `load_model`; damage inside a leaf is found when it is read.
+    """
+    meta = read_meta(folder)
+    return load_model(folder) if meta.delta else (_open_params(folder), meta)
+
+
+def _open_params(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `params/` of a model folder holds, as `Stored` leaves. Raises CheckpointError."""
+    params_dir = Path(folder).absolute() / "params"
+    if not params_dir.is_dir():
+        raise CheckpointError(f"{params_dir} does not exist; copy the whole model folder again")
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            tree = checkpointer.metadata(params_dir).item_metadata.tree
+        return jax.tree.map(lambda leaf: stored.open_leaf(params_dir / leaf.name), tree)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"{params_dir} cannot be read ({error}); copy the whole model folder again"
+        ) from error
 
 
 def load_model(
@@ -281,39 +301,9 @@ def load_base(
 
 
 def read_params(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """What `params/` of a model folder holds, as it is. Raises CheckpointError."""
+    """What `params/` of a model folder holds, as it is, in host memory. Raises CheckpointError."""
     read_meta(folder)
-    params_dir = Path(folder).absolute() / "params"
-    if not params_dir.is_dir():
-        raise CheckpointError(f"{params_dir} does not exist; copy the whole model folder again")
-    try:
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            tree = checkpointer.metadata(params_dir).item_metadata.tree
-        params = jax.tree.map(lambda leaf: _read_leaf(params_dir / leaf.name), tree)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(
-            f"{params_dir} cannot be read ({error}); copy the whole model folder again"
-        ) from error
-    return params
-
-
-def _read_leaf(path: Path) -> np.ndarray:
-    """Reads one leaf, a slab of chunks at a time.
-
-    Orbax's own `restore` reads ahead without bound, which takes up to twice the checkpoint's size.
-    """
-    spec = {
-        "driver": "zarr",
-        "kvstore": {"driver": "file", "path": str(path)},
-        "fill_missing_data_reads": False,  # a chunk that was lost is an error, not zeros
-    }
-    store = tensorstore.open(spec, open=True, read=True).result()
-    leaf = np.empty(store.shape, store.dtype.numpy_dtype)
-    chunk = store.chunk_layout.read_chunk.shape
-    rows = (chunk[0] if chunk else None) or len(leaf)
-    for begin in range(0, len(leaf), rows):
-        leaf[begin : begin + rows] = store[begin : begin + rows].read().result()
-    return leaf
+    return jax.tree.map(np.asarray, _open_params(folder))
 
 
 def load_router(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -331,13 +321,13 @@ def load_router(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(path)
     if path.is_dir():
-        params, meta = load_model(path)
+        params, meta = open_model(path)
         if "router" not in params:
             raise CheckpointError(
                 f"{path}: holds no router (it is of stage {meta.stage}); give the folder of a "
                 "router phase, or a .pth file"
             )
-        return params["router"]
+        return jax.tree.map(np.asarray, params["router"])
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist; give a router .pth or a model folder")
     try:

@@ -65,6 +65,18 @@ def labels(cfg: RunConfig, paths: Iterable[str]) -> dict[str, str]:
     return {path: optim.TRAIN if lora.is_adapter(path) else optim.FROZEN for path in paths}
 
 
+def check_experts(model: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
+    """Raises ConfigError where experts cannot be shared out evenly: training would have to run all
+    of them on every token."""
+    devices, experts = mesh.shape["expert"], model.moe.experts if model.moe else 0
+    if experts % devices:
+        fit = [str(n) for n in range(1, experts + 1) if experts % n == 0]
+        raise ConfigError(
+            f"mesh.expert {devices} does not divide the {experts} experts of the model; use one of "
+            f"{', '.join(fit)}, and mesh.fsdp or mesh.data for the other devices"
+        )
+
+
 def dtypes(cfg: RunConfig, label: dict[str, str]) -> dict[str, np.dtype]:
     """The dtype each parameter is kept in: float32 what trains and the router, else
     config.frozen_dtype."""
@@ -75,13 +87,9 @@ def dtypes(cfg: RunConfig, label: dict[str, str]) -> dict[str, np.dtype]:
     }
 
 
-def place_weights(
-    cfg: RunConfig, flat: Flat, label: dict[str, str], mesh: Mesh
-) -> tuple[Flat, Flat]:
-    """Host parameters (path -> array) on the devices: (trainable, frozen)."""
-    kinds = dtypes(cfg, label)
-    train, frozen = optim.split(flat, label)
-    return sharding.place(train, mesh, kinds), sharding.place(frozen, mesh, kinds)
+def place_weights(cfg: RunConfig, flat: Flat, label: dict[str, str], mesh: Mesh) -> Flat:
+    """Parameters, or some of them (path -> array as `sharding.put` takes it), on the devices."""
+    return sharding.place(flat, mesh, dtypes(cfg, label))
 
 
 def first_state(tx: optax.GradientTransformation, train: Flat, frozen: Flat, mesh: Mesh) -> State:
@@ -136,18 +144,21 @@ def shapes(cfg: RunConfig) -> Flat:
     return flat | lora.shapes(cfg, flat)
 
 
-def abstract_weights(cfg: RunConfig, label: dict[str, str], mesh: Mesh) -> tuple[Flat, Flat]:
-    """What `place_weights` makes, as ShapeDtypeStructs with their places."""
+def abstract_weights(
+    cfg: RunConfig, flat: Flat, label: dict[str, str], mesh: Mesh
+) -> tuple[Flat, Flat]:
+    """What `place_weights` makes of leaves with the shapes of `flat`, as ShapeDtypeStructs with
+    their places: (trainable, frozen)."""
     kinds = dtypes(cfg, label)
-    flat = {
+    outline = {
         path: jax.ShapeDtypeStruct(
             leaf.shape,
             kinds[path],
             sharding=NamedSharding(mesh, sharding.spec(path, leaf.shape, mesh)),
         )
-        for path, leaf in shapes(cfg).items()
+        for path, leaf in flat.items()
     }
-    return optim.split(flat, label)
+    return optim.split(outline, label)
 
 
 def abstract_state(

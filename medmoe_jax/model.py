@@ -15,9 +15,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
-from medmoe_jax import checkpoint, generate, quantize, sharding
+from medmoe_jax import checkpoint, generate, placement, sharding
 from medmoe_jax.checkpoint import CheckpointError
 from medmoe_jax.config import ConfigError, MeshConfig, ViewConfig
 from medmoe_jax.conversation import Chat
@@ -25,7 +24,6 @@ from medmoe_jax.convert.folder import model_folder
 from medmoe_jax.convert.report import ConversionError
 from medmoe_jax.data import images, templates, tokens
 from medmoe_jax.data.problems import DataError
-from medmoe_jax.models.layers import Params
 from medmoe_jax.responder import Pictures, Reply, Request, Responder
 from medmoe_jax.sampling import Sampling
 
@@ -140,32 +138,6 @@ def mesh_sizes(text: str) -> MeshConfig:
     return MeshConfig(data, fsdp, expert)
 
 
-def in_dtype(params: Params, dtype: Any) -> Params:
-    """The parameters as device arrays of `dtype`; routers and quantized kernels keep theirs."""
-
-    def one(path: Any, leaf: Any) -> Any:
-        if quantize.is_quantized(leaf):
-            return leaf  # its numbers and scales have dtypes of their own
-        return jnp.asarray(leaf, leaf.dtype if _routes(path) else dtype)
-
-    return jax.tree_util.tree_map_with_path(one, params, is_leaf=quantize.is_quantized)
-
-
-def on_mesh(params: Params, dtype: Any, mesh: Mesh, ways: int) -> Params:
-    """The same over several devices: of host arrays, each device gets its part alone."""
-
-    def one(path: Any, leaf: Any, place: Any) -> Any:
-        return sharding.put(leaf, place, leaf.dtype if _routes(path) else dtype)
-
-    places = sharding.generation_places(params, mesh, ways)
-    return jax.tree_util.tree_map_with_path(one, params, places)
-
-
-def _routes(path: Any) -> bool:
-    """Whether a parameter is a router's."""
-    return any(key.key == "router" for key in path if hasattr(key, "key"))
-
-
 def load(
     path: str | Path,
     *,
@@ -198,17 +170,13 @@ def load(
     devices = None
     if mesh is not None:
         devices = sharding.make_mesh(mesh if isinstance(mesh, MeshConfig) else MeshConfig(*mesh))
-        if bits and devices.size > 1:
-            raise ConfigError(
-                f"weights of {bits} bits are for one device; leave out bits, or the mesh"
-            )
     if dtype not in ("", *DTYPES):
         raise ConfigError(f"dtype {dtype!r} is unknown; use one of {', '.join(DTYPES)}")
     if template:
         templates.check_template(template)
     kind = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
     with model_folder(path, vision) as folder:
-        params, meta = checkpoint.load_model(folder)
+        params, meta = checkpoint.open_model(folder)
         absent = [part for part in PARTS if part not in params]
         if absent:
             raise ConfigError(
@@ -217,15 +185,8 @@ def load(
         family = meta.model.llm.family
         tokenizer = tokens.load_tokenizer(folder / "tokenizer", family)
         spec = images.read_image_spec(folder / "preprocessor_config.json", aspect, view)
-
-    parts = {part: params[part] for part in PARTS}
-    settings = tokenizer, spec, template or family, kind
-    if devices is not None and not bits:
         n_experts = meta.model.moe.experts if meta.model.moe else 1
-        ways = sharding.generation_ways(devices, n_experts)
-        whole = generate.for_generation(parts, meta.model, ways)
-        return Model(on_mesh(whole, kind, devices, ways), meta.model, *settings, devices)
-    whole = generate.for_generation(parts, meta.model)
-    if bits:
-        whole = quantize.quantize(whole, bits)  # leaf by leaf, before anything else is placed
-    return Model(in_dtype(whole, kind), meta.model, *settings)
+        ways = 1 if devices is None else sharding.generation_ways(devices, n_experts)
+        whole = generate.for_generation({part: params[part] for part in PARTS}, meta.model, ways)
+        ready = placement.placed(whole, kind, bits=bits, mesh=devices, ways=ways)
+    return Model(ready, meta.model, tokenizer, spec, template or family, kind, devices)

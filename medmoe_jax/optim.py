@@ -120,11 +120,12 @@ def norm(tree: Any) -> jax.Array:
 
 
 def group_table(flat: Flat, label: dict[str, str]) -> str:
-    """Table of parameter groups: name, tensors, numbers, dtype, sharding, train or frozen."""
+    """Table of parameter groups, of arrays or their shapes: name, tensors, numbers, dtype,
+    sharding, train or frozen."""
     rows: dict[tuple[str, ...], list[int]] = {}
     for path, value in flat.items():
         depth = 3 if path.startswith("llm/moe/") else 2 if path.startswith("llm/") else 1
-        sharding = value.sharding if isinstance(value, jax.Array) else None
+        sharding = getattr(value, "sharding", None)
         where = str(tuple(sharding.spec)) if isinstance(sharding, NamedSharding) else "-"
         key = ("/".join(path.split("/")[:depth]), str(value.dtype), where, label[path])
         count = rows.setdefault(key, [0, 0])

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from medmoe_jax import losses
+from medmoe_jax import losses, sharding
 from medmoe_jax.config import MODALITIES, ModelConfig, MoeConfig
 from medmoe_jax.models import layers, medmoe, moe
 
@@ -26,15 +29,18 @@ def evaluate(
     mixture: MoeConfig,
     batches: Iterable[dict[str, np.ndarray]],
     dtype: Any,
+    mesh: Mesh,
 ) -> dict[str, Any]:
-    """Accuracy of the router on labelled batches.
+    """Accuracy of the router on labelled batches. Of several processes all must call this; all get
+    the whole report.
 
     Args:
-      params: dense parameters with a top-level `router`.
+      params: dense parameters with a top-level `router`, on the devices of `mesh`.
       model: the dense model.
       mixture: which layers it is read at.
-      batches: with modality i32[B]; rows with -1 are left out.
+      batches: with modality i32[B], this process' rows of each; rows with -1 are left out.
       dtype: of the computation.
+      mesh: the devices.
 
     Returns:
       n, accuracy (of samples: argmax of the posterior over all layers and image tokens, or over
@@ -43,8 +49,9 @@ def evaluate(
     """
     placed = jnp.asarray(mixture.layers(model.llm.layers))
 
-    @jax.jit
-    def predict(p: Any, batch: Any) -> tuple[Any, Any]:
+    @partial(jax.jit, out_shardings=NamedSharding(mesh, P()))
+    def predict(p: Any, batch: Any) -> dict[str, Any]:
+        """What is counted of each row, everywhere."""
         _, reports = medmoe.forward(p, model, batch, dtype=dtype, probe=p["router"])
         logits, mask = reports["probe"][placed], batch["mask"]
         owner = losses.expert_of(batch["modality"], mixture.experts)
@@ -52,19 +59,25 @@ def evaluate(
         image = batch["image_pos"] >= 0
         # Words say little about the modality, and those in front of the image nothing.
         telling = jnp.where(image.any(-1, keepdims=True), image, mask)
-        return losses.posterior(logits, telling), right.sum((0, 2))
+        return {
+            "modality": batch["modality"],
+            "owner": owner,
+            "said": losses.posterior(logits, telling).argmax(-1),
+            "right": right.sum((0, 2)),
+            "tokens": mask.sum(-1) * len(placed),
+        }
 
     n = mixture.experts
     confusion = np.zeros((n, n), int)
     right = tokens = 0
     for batch in batches:
-        arrays = {k: batch[k] for k in ("tokens", "image_pos", "mask", "images", "modality")}
-        posterior, right_tokens = jax.device_get(predict(params, arrays))
-        known = (batch["modality"] >= 0) & batch["mask"].any(-1)
-        owner = losses.expert_of(batch["modality"][known], n)
-        np.add.at(confusion, (owner, posterior.argmax(-1)[known]), 1)
-        right += int(right_tokens[known].sum())
-        tokens += int(batch["mask"][known].sum()) * len(placed)
+        read = {k: batch[k] for k in ("tokens", "image_pos", "mask", "images", "modality")}
+        with jax.set_mesh(mesh):
+            found = jax.device_get(predict(params, sharding.place_batch(read, mesh)))
+        known = (found["modality"] >= 0) & (found["tokens"] > 0)
+        np.add.at(confusion, (found["owner"][known], found["said"][known]), 1)
+        right += int(found["right"][known].sum())
+        tokens += int(found["tokens"][known].sum())
     total = int(confusion.sum())
     # Fewer experts than modalities: some share one (`losses.expert_of`).
     names = [", ".join(MODALITIES[i::n]) or f"expert {i}" for i in range(n)]

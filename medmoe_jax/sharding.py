@@ -12,8 +12,10 @@ weights) heads and hidden layers.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 import jax
@@ -108,16 +110,6 @@ def generation_ways(mesh: Mesh | AbstractMesh, n_experts: int) -> int:
     return 1 if n_experts % mesh.shape["expert"] else mesh.shape["expert"]
 
 
-def generation_places(tree: Any, mesh: Mesh, ways: int) -> Any:
-    """Where the parameters of `generate.for_generation` lie: a NamedSharding for each leaf."""
-
-    def one(path: Any, leaf: Any) -> NamedSharding:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return NamedSharding(mesh, generation_spec(name, leaf.shape, mesh, ways))
-
-    return jax.tree_util.tree_map_with_path(one, tree)
-
-
 def constrain(x: jax.Array, *axes: Any) -> jax.Array:
     """In a compiled function: x with its first axes split over these mesh axes where they divide,
     and on all devices otherwise; x itself where there is no mesh."""
@@ -132,18 +124,25 @@ def _fitted(rule: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
 
 
 def _fit(entry: Any, size: int, mesh: Mesh | AbstractMesh) -> Any:
-    """The axes of `entry`, dropped from the right until their product divides `size`."""
-    axes = (entry,) if isinstance(entry, str) else tuple(entry or ())
-    while axes and size % int(np.prod([mesh.shape[a] for a in axes])):
-        axes = axes[:-1]
+    """The axes of an entry of a spec that divide `size`."""
+    axes = fitting((entry,) if isinstance(entry, str) else tuple(entry or ()), size, mesh)
     return axes if len(axes) > 1 else (axes[0] if axes else None)
+
+
+def fitting(axes: tuple[str, ...], size: int, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """Those of the axes, in their order, over which `size` can be split most ways; the first of
+    several such choices."""
+    chosen = [c for n in range(len(axes), -1, -1) for c in itertools.combinations(axes, n)]
+    ways = [prod(mesh.shape[axis] for axis in choice) for choice in chosen]
+    most = max(n for n in ways if size % n == 0)
+    return chosen[ways.index(most)]
 
 
 def place(
     flat: dict[str, Any], mesh: Mesh, dtypes: Mapping[str, Any] | None = None
 ) -> dict[str, jax.Array]:
-    """Puts parameters (path -> host array, the same in every process) on the devices as the table
-    says, in `dtypes` (path -> dtype; default: their own)."""
+    """Puts parameters (path -> array as in `put`) on the devices as the table says, in `dtypes`
+    (path -> dtype; default: their own), one after the other."""
     return {
         path: put(
             value,
@@ -155,12 +154,18 @@ def place(
 
 
 def put(value: Any, place: NamedSharding, dtype: Any = None) -> jax.Array:
-    """A host array that all processes have on the devices, in `dtype`; each process fills its own
-    part, and no more than that is converted."""
+    """A host array that all processes have, or a leaf on disk (`stored.Stored`), on the devices in
+    `dtype`. Each process reads and converts what its own devices hold, once."""
     kind = value.dtype if dtype is None else dtype
-    return jax.make_array_from_callback(
-        value.shape, place, lambda part: np.asarray(value[part], kind)
-    )
+    parts: dict[str, np.ndarray] = {}
+
+    def part(index: Any) -> np.ndarray:
+        name = str(index)  # devices may hold the same part
+        if name not in parts:
+            parts[name] = np.asarray(value[index], kind)
+        return parts[name]
+
+    return jax.make_array_from_callback(value.shape, place, part)
 
 
 def everywhere(tree: Any, mesh: Mesh) -> Any:

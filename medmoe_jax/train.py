@@ -57,8 +57,8 @@ def say(text: str) -> None:
 
 
 def starting_point(cfg: RunConfig) -> tuple[dict[str, Any], checkpoint.ModelMeta]:
-    """Host parameters and meta data that the phase starts from: `init`, with a new router or with
-    experts.
+    """Parameters and meta data that the phase starts from: `init`, with a new router or with
+    experts. Nothing that is large is read yet.
 
     Raises:
       ConfigError: `init` is missing, or does not fit the phase.
@@ -73,7 +73,7 @@ def starting_point(cfg: RunConfig) -> tuple[dict[str, Any], checkpoint.ModelMeta
             f"config.init {cfg.init} holds adapters without their model; new ones need weights to "
             "stand beside: `python -m medmoe_jax.lora merge` makes them"
         )
-    params, meta = checkpoint.load_model(Path(cfg.init))
+    params, meta = checkpoint.open_model(Path(cfg.init))
     model, mixture = meta.model, cfg.model.moe
     base, line = params, f"{cfg.phase} from {cfg.init}"
     if cfg.objective == "router":
@@ -111,7 +111,8 @@ def starting_point(cfg: RunConfig) -> tuple[dict[str, Any], checkpoint.ModelMeta
     delta = None
     if cfg.lora.rank:
         line += f", LoRA of rank {cfg.lora.rank}"
-        where, known = str(Path(cfg.init).absolute()), lora.fingerprint(base)
+        known = distributed.gathered(lora.fingerprint(base) if distributed.leads() else "")[0]
+        where = str(Path(cfg.init).absolute())
         delta = checkpoint.Delta(where, known, cfg.upcycle, cfg.lora)
     return params, dataclasses.replace(
         meta, stage=cfg.phase, model=model, history=[*meta.history, line], delta=delta
@@ -164,8 +165,8 @@ def load_data(cfg: RunConfig, model: ModelConfig) -> Data:
     say(f"{len(samples):,} rows to train on, {len(loaded.problems):,} left out")
 
     def batches(rows: list[sources.Sample], training: bool) -> pipeline.Batches:
-        """In training each process reads its share of every batch, else all of it."""
-        share = (jax.process_index(), jax.process_count()) if training else (0, 1)
+        """Each process reads its share of every batch."""
+        share = jax.process_index(), jax.process_count()
         size = cfg.optim.batch_size
         return pipeline.build(
             rows, tokenizer, spec, patches, cfg.data, size, cfg.seed, training, *share
@@ -213,9 +214,10 @@ def train(cfg: RunConfig, workdir: Path) -> None:
     # --- where the weights come from ---
     mesh = sharding.make_mesh(cfg.mesh)
     layout.check_batch_size(cfg, mesh)
-    host, meta = starting_point(cfg)
+    params, meta = starting_point(cfg)
     model = meta.model.validate()
-    flat = flatten_dict(host, sep="/")
+    layout.check_experts(model, mesh)
+    flat = flatten_dict(params, sep="/")
     flat |= lora.fresh(cfg, flat)
 
     # --- data ---
@@ -225,17 +227,21 @@ def train(cfg: RunConfig, workdir: Path) -> None:
 
     # --- what trains ---
     label = layout.labels(cfg, flat)
-    weights, frozen = layout.place_weights(cfg, flat, label, mesh)
-    say(optim.group_table(weights | frozen, label))
+    outline = layout.abstract_weights(cfg, flat, label, mesh)
+    say(optim.group_table(outline[0] | outline[1], label))
     tx = optim.make(cfg.optim, total, label)
-    state = layout.first_state(tx, weights, frozen, mesh)
+    trainable, kept = optim.split(flat, label)
+    frozen = layout.place_weights(cfg, kept, label, mesh)
 
-    # --- resume ---
+    # --- resume, or start ---
     checkpoints = resume.Checkpoints(workdir, cfg.log.keep)
     if (latest := checkpoints.latest()) is not None:
-        state, place = checkpoints.restore(latest, state)
+        state, place = checkpoints.restore(latest, layout.abstract_state(tx, *outline, mesh))
         stream.set_state(place)
         say(f"resumed at step {latest} of {total}")
+    else:
+        weights = layout.place_weights(cfg, trainable, label, mesh)
+        state = layout.first_state(tx, weights, frozen, mesh)
     first = int(state.step)
 
     # --- loop ---
@@ -276,26 +282,28 @@ def train(cfg: RunConfig, workdir: Path) -> None:
                 reporter.flush()
                 reporter.evaluated(number, validation(frozen | state.train))
     left_out = [*data.left_out, *all_problems(stream)]
+
+    # --- result ---
+    outcome: dict[str, Any] = dict(reporter.latest)
+    if cfg.objective == "router" and cfg.model.moe:
+        judged = unflatten_dict(frozen | state.train, sep="/")
+        held_out = data.batches(data.rest, False) if data.rest else None
+        report = router.evaluate(
+            judged, model, cfg.model.moe, held_out or [], jnp.dtype(cfg.compute_dtype), mesh
+        )
+        left_out += all_problems(held_out) if held_out else []
+        say(router.report_table(report))
+        outcome["router"] = report
+        if distributed.leads():
+            (workdir / "router.json").write_text(json.dumps(report, indent=1) + "\n")
     if distributed.leads():
         problems.write_problems(left_out, workdir / "skipped.jsonl")
         if left_out:
             print(f"{len(left_out):,} rows were left out: {workdir / 'skipped.jsonl'}", flush=True)
-
-    # --- result ---
-    # Frozen weights are written as they were read, not as rounded for the computation.
+    # Frozen weights are copied from `init`: those on the devices are rounded for the computation.
     # Of a run with adapters nothing else is, but for a router that `init` does not hold.
-    kept = flat if meta.delta is None else own_router(cfg, flat)
-    result = unflatten_dict(kept | state.train, sep="/")
-    outcome: dict[str, Any] = dict(reporter.latest)
-    if cfg.objective == "router" and cfg.model.moe and distributed.leads():
-        judged = unflatten_dict(flat | jax.device_get(state.train), sep="/")
-        held_out = data.batches(data.rest, False) if data.rest else []
-        report = router.evaluate(
-            judged, model, cfg.model.moe, held_out, jnp.dtype(cfg.compute_dtype)
-        )
-        (workdir / "router.json").write_text(json.dumps(report, indent=1) + "\n")
-        print(router.report_table(report))
-        outcome["router"] = report
+    saved = flat if meta.delta is None else own_router(cfg, flat)
+    result = unflatten_dict(saved | state.train, sep="/")
     record = provenance.phase(
         cfg,
         steps=total,

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from medmoe_jax.config import ConfigError, ModelConfig, MoeConfig
+from medmoe_jax.stored import Stored
 
 MODES = ("paper", "function_preserving")
 
@@ -19,7 +20,7 @@ def _last_layer(tree: dict[str, Any]) -> str:
 def _scaled_end(ffn: dict[str, Any], factor: float) -> dict[str, Any]:
     """The FFN with its output multiplied by `factor`."""
     last = _last_layer(ffn)
-    scaled = {k: np.asarray(v * np.asarray(factor, v.dtype)) for k, v in ffn[last].items()}
+    scaled = {k: v * np.asarray(factor, v.dtype) for k, v in ffn[last].items()}
     return ffn | {last: scaled}
 
 
@@ -46,7 +47,8 @@ def upcycle(
         sum to one.
 
     Args:
-      params: dense parameters (host or device arrays), see `models.medmoe.leaves`.
+      params: dense parameters (arrays or `Stored` leaves, which are not read), see
+        `models.medmoe.leaves`.
       cfg: the dense model.
       moe: the mixture.
       router: fc1 (, fc2, fc3) with kernel [D, E] and bias [E].
@@ -70,7 +72,7 @@ def upcycle(
     _check_router(router, cfg, moe)
     new = ModelConfig(cfg.vision, cfg.llm, cfg.projector, moe).validate()
     dense, placed = params["llm"]["mlp"], list(new.moe_layers)
-    chosen = _map(lambda a: np.asarray(a)[placed], dense)
+    chosen = _map(lambda a: a[np.asarray(placed)], dense)
     experts, meta = chosen, chosen
     if mode == "function_preserving" and moe.meta:
         experts = _scaled_end(chosen, 0.0)
@@ -85,10 +87,7 @@ def upcycle(
     n = len(placed)
     tree: dict[str, Any] = {
         "router": _map(lambda a: np.repeat(np.asarray(a)[None], n, 0), router),
-        # Views: no host holds the same numbers once an expert.
-        "experts": _map(
-            lambda a: np.broadcast_to(a[:, None], (n, moe.experts, *a.shape[1:])), experts
-        ),
+        "experts": _map(lambda a: _copies(a, moe.experts), experts),
     }
     if moe.meta:
         tree["meta"] = meta
@@ -100,8 +99,15 @@ def upcycle(
         }
     llm = {k: v for k, v in params["llm"].items() if k != "mlp"} | {"moe": tree}
     if new.dense_layers:
-        llm["mlp"] = _map(lambda a: np.asarray(a)[list(new.dense_layers)], dense)
+        llm["mlp"] = _map(lambda a: a[np.asarray(new.dense_layers)], dense)
     return {k: v for k, v in params.items() if k != "router"} | {"llm": llm}, new
+
+
+def _copies(a: Any, times: int) -> Any:
+    """[N, ...] -> [N, times, ...] as a view: no host holds the same numbers once an expert."""
+    if isinstance(a, Stored):
+        return a.repeated(times)
+    return np.broadcast_to(np.asarray(a)[:, None], (len(a), times, *a.shape[1:]))
 
 
 def _check_router(router: dict[str, Any], cfg: ModelConfig, moe: MoeConfig) -> None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
-from medmoe_jax import generate, lora, predict, sharding
+from medmoe_jax import generate, lora, placement, predict, sharding
 from medmoe_jax.config import ModelConfig, RunConfig
 from medmoe_jax.data import images, questions, sources, tokens
 from medmoe_jax.evaluation import rows
@@ -63,7 +63,7 @@ class Validation:
             return lora.merge(whole, self.cfg.lora.scale) if self.cfg.lora.rank else whole
 
         parts = {part: tree[part] for part in PARTS}
-        places = sharding.generation_places(jax.eval_shape(unstacked, parts), self.mesh, ways)
+        places = placement.places(jax.eval_shape(unstacked, parts), self.mesh, ways)
         ready = jax.jit(unstacked, out_shardings=places)(parts)
         dtype = jnp.dtype(self.cfg.compute_dtype)
         template = self.cfg.data.template or self.model.llm.family

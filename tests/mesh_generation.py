@@ -6,6 +6,7 @@ device, and prints what it found as JSON, one object a line.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import re
@@ -20,7 +21,7 @@ import small_models
 import tiny_runs
 
 import medmoe_jax
-from medmoe_jax import checkpoint, generate, sampling
+from medmoe_jax import checkpoint, generate, placement, quantize, sampling, sharding
 from medmoe_jax.config import MoeConfig
 from medmoe_jax.model import Model, Reply
 from medmoe_jax.models import medmoe
@@ -37,9 +38,11 @@ class Case(NamedTuple):
     top_k: int
     experts: int
     mesh: tuple[int, int, int]
+    bits: int = 0
 
     def __str__(self) -> str:
-        return "-".join(map(str, (*self[:-1], "x".join(map(str, self.mesh)))))
+        bits = f"-int{self.bits}" if self.bits else ""
+        return "-".join(map(str, (*self[:3], "x".join(map(str, self.mesh))))) + bits
 
 
 MESHES = ((8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 1, 4), (2, 2, 2), (4, 1, 2))
@@ -54,7 +57,11 @@ REST = (
     *(case for case in ALL if case not in QUICK),
     Case("phi", 2, 6, (4, 1, 2)),
     Case("stablelm", 1, 3, (1, 2, 4)),  # experts that four devices do not divide
+    *(Case("stablelm", 2, 4, (2, 2, 2), bits) for bits in (8, 4)),
+    *(Case("phi", 1, 4, (1, 2, 4), bits) for bits in (8, 4)),
+    Case("phi", 2, 3, (1, 1, 8), 4),  # neither experts nor groups can be shared out
 )
+GROUP = 4  # inputs that share a step size with 4 bits
 
 
 @functools.cache
@@ -103,10 +110,34 @@ def said(model: Model, quick: bool) -> dict[str, dict[str, Any]]:
     }
 
 
+def loaded(case: Case) -> Model:
+    """The model of a case. With 4 bits its groups are small, as its matrices are."""
+    place = folder(case.family, case.top_k, case.experts)
+    if case.bits != 4:
+        return medmoe_jax.load(place, mesh=case.mesh, bits=case.bits)
+    model = medmoe_jax.load(place, mesh=case.mesh)
+    assert model.mesh is not None
+    ways = sharding.generation_ways(model.mesh, case.experts)
+    params = generate.for_generation(checkpoint.open_model(place)[0], model.config, ways)
+    small = placement.placed(params, model.dtype, bits=4, group=GROUP, mesh=model.mesh, ways=ways)
+    return dataclasses.replace(model, params=small)
+
+
 @functools.cache
-def on_one_device(family: str, top_k: int, experts: int, quick: bool) -> dict[str, dict[str, Any]]:
-    """The answers that all meshes must repeat."""
-    return said(medmoe_jax.load(folder(family, top_k, experts)), quick)
+def on_one_device(case: Case, quick: bool) -> dict[str, dict[str, Any]]:
+    """The answers that all meshes must repeat; the mesh of `case` does not matter."""
+    model = medmoe_jax.load(folder(case.family, case.top_k, case.experts))
+    if case.bits:
+        small = quantize.quantize(model.params, case.bits, group=GROUP)
+        model = dataclasses.replace(model, params=small)
+    return said(model, quick)
+
+
+def matrices(tree: Any) -> list[jax.Array]:
+    """The kernels of a tree, or the integers that stand for them."""
+    leaves = jax.tree.leaves(tree)
+    small = [leaf for leaf in leaves if leaf.dtype == np.int8]
+    return small or [leaf for leaf in leaves if leaf.ndim > 1]
 
 
 def difference(have: list[float], want: list[float]) -> float:
@@ -127,10 +158,8 @@ def moved_weights(model: Model) -> list[str]:
         args = model.params, model.config, state, found, end, knobs, np.int32(4)
         program = generate.advance.lower(*args, dtype=model.dtype, draw=False).compile()
     llm = model.params["llm"]
-    matrices = [
-        a.shape[-2:] for a in jax.tree.leaves((llm["blocks"], llm["lm_head"])) if a.ndim > 1
-    ]
-    shapes = {",".join(map(str, shape)) + "]" for shape in matrices}
+    kernels = matrices((llm["blocks"], llm["lm_head"]))
+    shapes = {",".join(map(str, kernel.shape[-2:])) + "]" for kernel in kernels}
     call = re.compile(r" = (.*?) (all-gather|all-to-all|collective-permute)[\w-]*\(")
     lines = [found for line in program.as_text().splitlines() if (found := call.search(line))]
     return [line[0] for line in lines if any(shape in line[1] for shape in shapes)]
@@ -139,12 +168,12 @@ def moved_weights(model: Model) -> list[str]:
 def compare(case: Case) -> dict[str, Any]:
     """A row of the table."""
     quick = case in QUICK
-    want = on_one_device(*case[:-1], quick)
-    model = medmoe_jax.load(folder(*case[:-1]), mesh=case.mesh)
+    want = on_one_device(case._replace(mesh=(1, 1, 1)), quick)
+    model = loaded(case)
     have = said(model, quick)
     moe = next(b["moe"] for b in model.params["llm"]["blocks"] if "moe" in b)
-    weights = jax.tree.leaves(moe["experts"])
-    held = sum(leaf.addressable_shards[0].data.size for leaf in weights if leaf.ndim > 1)
+    weights = matrices(moe["experts"])
+    held = sum(leaf.addressable_shards[0].data.size for leaf in weights)
     return {
         "case": str(case),
         "same": {kind: have[kind]["ids"] == want[kind]["ids"] for kind in want},
@@ -154,7 +183,7 @@ def compare(case: Case) -> dict[str, Any]:
             for name, values in want[kind].items()
             if name != "ids"
         },
-        "share": held / sum(leaf.size for leaf in weights if leaf.ndim > 1),
+        "share": held / sum(leaf.size for leaf in weights),
         "trees": len(moe["experts"]),
         "moved": moved_weights(model),
     }

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 import sys
+import tempfile
 from typing import Any, NamedTuple
 
 import jax
@@ -17,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import small_models
-from flax.traverse_util import flatten_dict
+import tensorstore
+from flax.traverse_util import flatten_dict, unflatten_dict
 
-from medmoe_jax import layout, optim, sharding, step
+from medmoe_jax import checkpoint, layout, optim, sharding, step, stored
 from medmoe_jax.config import MeshConfig, ModelConfig, MoeConfig, OptimConfig, RunConfig
 from medmoe_jax.models import experts, grouped, layers
 
@@ -58,12 +61,16 @@ QUICK = (
     Case(STABLELM2, (1, 8, 1)),
     Case(PHI, (1, 2, 4)),
     Case(STABLELM2, (2, 2, 2)),
-    Case(Model("phi", 2, experts=6), (4, 1, 2)),
+    Case(Model("phi", 2, experts=6), (2, 1, 3)),  # on six of the devices
     Case(Model("stablelm", 1, experts=2, accumulate=2), (1, 4, 2)),
 )
 REST = (
     *(case for case in ALL if case not in QUICK),
     Case(Model("phi", 2, remat="full", dtype="bfloat16"), (1, 2, 4)),
+    Case(Model("phi", 2, experts=6), (4, 1, 2)),
+    Case(Model("stablelm", 2, experts=6), (1, 2, 3)),
+    Case(Model("phi", 2, experts=2), (2, 2, 2)),
+    Case(Model("stablelm", 1, experts=8), (1, 1, 8)),
 )
 
 
@@ -74,17 +81,17 @@ class Result(NamedTuple):
     shards: dict[str, tuple[int, ...]]  # see `parts`
     groups: dict[str, list[int]]  # see `groups`
     program: dict[str, Any]  # see `facts`
+    memory: dict[str, Any]  # see `memory`
 
 
 def config(model: Model) -> tuple[RunConfig, ModelConfig]:
-    """A run that trains what the official stage 3 trains. The large epsilon makes Adam's step a
-    smooth function of the gradient, also where that is about zero."""
+    """A run that trains what the official stage 3 trains, and keeps the rest in bfloat16. The large
+    epsilon makes Adam's step a smooth function of the gradient, also where that is about zero."""
     sizes = small_models.config(model.family, MoeConfig(model.experts, model.top_k), layers=4)
     return RunConfig(
         model=sizes,
         train=("llm/moe/(experts|meta)/.*", "llm/mlp/.*", "projector/.*"),
         compute_dtype=model.dtype,
-        frozen_dtype=model.dtype,
         remat=model.remat,
         loss_chunk=0,
         optim=OptimConfig(
@@ -112,17 +119,20 @@ def parameters(sizes: ModelConfig, routing: str) -> dict[str, np.ndarray]:
     return flat
 
 
-def first_step(model: Model, mesh: jax.sharding.Mesh) -> Result:
-    """One step on the devices of a mesh; compiled once for all routings."""
+def first_step(model: Model, mesh: jax.sharding.Mesh, size: int) -> Result:
+    """One step with `size` rows on the devices of a mesh; compiled once for all routings."""
     run, sizes = config(model)
     values: dict[str, dict[str, Any]] = {}
     program: Any = None
     shards: dict[str, tuple[int, ...]] = {}
-    rows = sharding.place_batch(batch(sizes, DEVICES * model.accumulate), mesh)
+    held: dict[str, Any] = {}
+    rows = sharding.place_batch(batch(sizes, size), mesh)
     for routing in ROUTINGS:
         flat = parameters(sizes, routing)
         label = optim.labels(list(flat), run.train)
-        train, frozen = (sharding.place(part, mesh) for part in optim.split(flat, label))
+        train, frozen = (
+            layout.place_weights(run, part, label, mesh) for part in optim.split(flat, label)
+        )
         tx = optim.make(run.optim, 10, label)
         state = layout.first_state(tx, train, frozen, mesh)
         shards, places = parts(train), jax.tree.map(lambda leaf: leaf.sharding, state)
@@ -131,6 +141,7 @@ def first_step(model: Model, mesh: jax.sharding.Mesh) -> Result:
                 one = step.make_step(run, sizes, tx, state)
                 program = one.lower(state, frozen, rows).compile()
             state, metrics = program(state, frozen, rows)
+        held = memory(state, frozen)
         assert parts(state.train) == shards, "the step has moved experts"
         assert jax.tree.map(lambda leaf: leaf.sharding, state) == places, "the state has moved"
         values[routing] = jax.device_get(
@@ -141,7 +152,7 @@ def first_step(model: Model, mesh: jax.sharding.Mesh) -> Result:
                 "weights": state.train,
             }
         )
-    return Result(values, shards, groups(program.as_text()), facts(program, state))
+    return Result(values, shards, groups(program.as_text()), facts(program, state), held)
 
 
 def parts(flat: dict[str, jax.Array]) -> dict[str, tuple[int, ...]]:
@@ -166,13 +177,16 @@ def facts(program: Any, state: step.State) -> dict[str, Any]:
 
     Returns:
       leaves: of the state; reused: of them, those whose buffers are taken for the result. images:
-      lines that send images to other devices. host: lines that talk to the host.
+      lines that send images to other devices. host: lines that talk to the host. whole: lines where
+      a device holds all experts of all layers, be it weights, gradients or moments, though it owns
+      some of them alone.
     """
-    moments = optax.tree.get(state.opt, "mu")
-    assert {k: v.sharding for k, v in moments.items() if isinstance(v, jax.Array)} == {
-        path: leaf.sharding for path, leaf in state.train.items()
-    }, "moments lie elsewhere than their weights, or are of frozen ones"
     header, *lines = program.as_text().splitlines()
+    shapes = {
+        ",".join(map(str, leaf.shape))
+        for path, leaf in state.train.items()
+        if "/experts/" in path and leaf.ndim == 4 and not leaf.is_fully_replicated
+    }
     call = re.compile(r" = (.*?) (all-|collective-|reduce-|infeed|outfeed|send|recv)[\w-]*\(")
     calls = [(found[1], found[2], line) for line in lines if (found := call.search(line))]
     return {
@@ -181,13 +195,36 @@ def facts(program: Any, state: step.State) -> dict[str, Any]:
         "images": [line for kind, name, line in calls if "-" in name and "8,8,3]" in kind],
         "host": [line for _, name, line in calls if "-" not in name]
         + [line for line in lines if "callback" in line],
+        "whole": [line for line in lines if any(f"[{shape}]" in line for shape in shapes)],
     }
 
 
+def memory(state: step.State, frozen: dict[str, jax.Array]) -> dict[str, Any]:
+    """What of the arguments of a step a device holds.
+
+    Returns:
+      train, mu and nu (the moments), frozen: path -> dtype, shape, and shape of a device's part.
+      others: of the optimiser's leaves, how many numbers each has that is no moment.
+    """
+
+    def described(flat: dict[str, Any]) -> dict[str, Any]:
+        return {
+            path: (leaf.dtype.name, leaf.shape, leaf.addressable_shards[0].data.shape)
+            for path, leaf in flat.items()
+            if isinstance(leaf, jax.Array)  # a frozen leaf has a mark in place of its moments
+        }
+
+    moments = {name: optax.tree.get(state.opt, name) for name in ("mu", "nu")}
+    whole = {"train": state.train, **moments, "frozen": frozen}
+    known = {id(leaf) for leaf in jax.tree.leaves(moments)}
+    others = [leaf.size for leaf in jax.tree.leaves(state.opt) if id(leaf) not in known]
+    return {name: described(flat) for name, flat in whole.items()} | {"others": others}
+
+
 @functools.cache
-def on_one_device(model: Model) -> Result:
+def on_one_device(model: Model, size: int) -> Result:
     """The step that all meshes must repeat."""
-    return first_step(model, sharding.make_mesh(MeshConfig(), jax.devices()[:1]))
+    return first_step(model, sharding.make_mesh(MeshConfig(), jax.devices()[:1]), size)
 
 
 def difference(have: Any, want: Any) -> float:
@@ -199,8 +236,10 @@ def difference(have: Any, want: Any) -> float:
 
 def compare(case: Case) -> dict[str, Any]:
     """A row of the table."""
-    want = on_one_device(case.model)
-    have = first_step(case.model, sharding.make_mesh(MeshConfig(*case.mesh)))
+    devices = jax.devices()[: math.prod(case.mesh)]
+    size = math.lcm(DEVICES, len(devices)) * case.model.accumulate
+    want = on_one_device(case.model, size)
+    have = first_step(case.model, sharding.make_mesh(MeshConfig(*case.mesh), devices), size)
     return {
         "case": str(case),
         "differences": {
@@ -214,7 +253,41 @@ def compare(case: Case) -> dict[str, Any]:
         "whole": want.shards,
         "groups": have.groups,
         "program": have.program,
+        "memory": have.memory,
     }
+
+
+def loaded(mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """A model on its way from the disk to the devices.
+
+    Returns:
+      bytes: of all its parameters; read: from files; differences: of frozen weights, as bfloat16,
+      and of those that train.
+    """
+    run, sizes = config(PHI)
+    stored.CHUNK_BYTES = 64
+    flat = parameters(sizes, "mixed")
+    label = optim.labels(list(flat), run.train)
+    with tempfile.TemporaryDirectory() as folder:
+        meta = checkpoint.ModelMeta("stage3", sizes)
+        checkpoint.save_model(folder, unflatten_dict(flat, sep="/"), meta)
+        params, _ = checkpoint.open_model(folder)
+        before = bytes_read()
+        have = layout.place_weights(run, flatten_dict(params, sep="/"), label, mesh)
+        read = bytes_read() - before
+    want = {path: leaf.astype(have[path].dtype) for path, leaf in flat.items()}
+    return {
+        "case": "loaded",
+        "bytes": sum(leaf.nbytes for leaf in flat.values()),
+        "read": read,
+        "equal": [path for path in want if (np.asarray(have[path]) == want[path]).all()] == [*want],
+    }
+
+
+def bytes_read() -> int:
+    """What TensorStore has read from files so far."""
+    name = "/tensorstore/kvstore/file/bytes_read"
+    return tensorstore.experimental_collect_matching_metrics(name)[0]["values"][0]["value"]
 
 
 def idle_expert(mesh: jax.sharding.Mesh) -> dict[str, Any]:
@@ -249,6 +322,7 @@ def main() -> None:
     for case in {"QUICK": QUICK, "REST": REST}[sys.argv[1]]:
         print(json.dumps(compare(case)), flush=True)
     print(json.dumps(idle_expert(sharding.make_mesh(MeshConfig(2, 1, 4)))), flush=True)
+    print(json.dumps(loaded(sharding.make_mesh(MeshConfig(2, 2, 2)))), flush=True)
 
 
 if __name__ == "__main__":

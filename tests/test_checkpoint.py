@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from medmoe_jax import checkpoint, presets
+from medmoe_jax import checkpoint, presets, stored
 from medmoe_jax.checkpoint import CheckpointError, ModelMeta
 from medmoe_jax.config import MoeConfig
 
@@ -67,7 +67,7 @@ def test_jax_arrays(tmp_path: Path) -> None:
 
 
 def test_leaves_larger_than_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(stored, "CHUNK_BYTES", 1000)
     params = {"x": np.arange(6000, dtype=np.float32).reshape(3, 40, 50)}
     checkpoint.save_model(tmp_path, params, meta())
     assert_same(checkpoint.load_model(tmp_path)[0], params)

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import shares_read
 import tiny_runs
 from flax.traverse_util import flatten_dict
 
-from medmoe_jax import distributed
-from medmoe_jax.checkpoint import load_model
+from medmoe_jax import distributed, stored
+from medmoe_jax.checkpoint import load_model, save_model
 from medmoe_jax.config import ClusterConfig, ConfigError, MoeConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,25 +87,38 @@ def test_settings_that_cannot_be(cfg: ClusterConfig, message: str) -> None:
         distributed.join(cfg)
 
 
-class Run:
-    """One run of stage 3 in several processes."""
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
 
-    def __init__(self, folder: Path, workdir: Path, processes: int, devices: int, *mesh: str):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
+
+class Run:
+    """One run of a phase in several processes, from `folder`/start if it is not told otherwise."""
+
+    def __init__(
+        self,
+        folder: Path,
+        workdir: Path,
+        processes: int,
+        devices: int,
+        *more: str,
+        phase: str = "stage3",
+        start: str = "start",
+    ):
+        port = free_port()
         flags = f"--xla_force_host_platform_device_count={devices}"
         env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
         env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # compiles in half the time
         questions = folder / "questions.json"
         command = [
             *(sys.executable, "-m", "medmoe_jax.train"),
-            f"--config={ROOT / 'configs/stage3.py'}:tiny",
-            *(f"--workdir={workdir}", f"--config.init={folder / 'start'}"),
+            f"--config={ROOT / f'configs/{phase}.py'}:tiny",
+            *(f"--workdir={workdir}", f"--config.init={folder / start}"),
             *(f"--config.data.files=('{questions}',)", "--config.data.buckets=(128,)"),
             *(f"--config.data.image_folder={folder / 'images'}", "--config.log.every=1"),
             *("--config.remat=none", "--config.log.save_every=5", "--config.optim.batch_size=4"),
-            *(f"--config.optim.steps={STEPS}", "--config.log.tensorboard=False", *mesh),
+            *(f"--config.optim.steps={STEPS}", "--config.log.tensorboard=False", *more),
         ]
         if processes > 1:
             command += [f"--config.cluster.coordinator=localhost:{port}"]
@@ -138,8 +152,8 @@ def flat(workdir: Path) -> dict[str, np.ndarray]:
     return flatten_dict(load_model(workdir / "model")[0], sep="/")
 
 
-def assert_same_run(one: Path, other: Path) -> None:
-    assert len(losses(one)) == STEPS
+def assert_same_run(one: Path, other: Path, steps: int = STEPS) -> None:
+    assert len(losses(one)) == steps
     np.testing.assert_allclose(losses(other), losses(one), rtol=1e-4)
     first, second = flat(one), flat(other)
     assert first.keys() == second.keys()
@@ -164,6 +178,44 @@ def test_two_processes_with_two_devices_each(folder: Path) -> None:
     assert "model written to" in first and "model written to" not in second
     assert "stage3:" in first and "stage3:" not in second
     assert_same_run(folder / "alone", folder / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["stage1", "stage2", "router"])
+def test_other_phases(folder: Path, phase: str) -> None:
+    """Losses and model of one process, and what the router is judged at."""
+    if not (folder / "dense").exists():
+        tiny_runs.save_start(folder / "dense")
+    flags = ["--config.optim.steps=5", "--config.data.labels_per_modality=2"]
+    mesh = ["--config.mesh.data=1", "--config.mesh.fsdp=2", "--config.mesh.expert=2"]
+    one, two = folder / f"{phase}1", folder / f"{phase}2"
+    Run(folder, one, 1, 1, *flags, phase=phase, start="dense").finish()
+    first, second = Run(folder, two, 2, 2, *flags, *mesh, phase=phase, start="dense").finish()
+    assert_same_run(one, two, steps=5)
+    if phase == "router":
+        have, want = (json.loads((run / "router.json").read_text()) for run in (two, one))
+        assert have == want and want["n"] == 16 - 4 * 2
+        assert "router accuracy" in first and "router accuracy" not in second
+
+
+@pytest.mark.slow
+def test_each_process_reads_its_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a model on disk, and what all need: biases, norms and the patch embedding."""
+    start = tiny_runs.save_start(tmp_path / "start", moe=MoeConfig())
+    params, meta = load_model(start)
+    monkeypatch.setattr(stored, "CHUNK_BYTES", 64)
+    save_model(start, params, meta)
+    command = [sys.executable, shares_read.__file__, str(start), f"localhost:{free_port()}", "2"]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    parts = [
+        subprocess.Popen([*command, str(i)], env=env, text=True, stdout=subprocess.PIPE)
+        for i in range(2)
+    ]
+    # The last line: collectives write of their connections too.
+    said = [json.loads(part.communicate(timeout=200)[0].splitlines()[-1]) for part in parts]
+    for what in ("training", "generation"):
+        shares = [row[what] / row["bytes"] for row in said]
+        assert sum(shares) > 1 and max(shares) < 0.65, (what, shares)
 
 
 @pytest.mark.slow

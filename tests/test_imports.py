@@ -17,15 +17,16 @@ PACKAGE = "medmoe_jax"
 # Module (regex) -> what it may import from this package (regex). The first match decides; what is
 # not listed sits above and may import everything but the entry points.
 ALLOWED = {
-    r"config|hardware|losses|metrics|models\.quantized": r"",
-    r"sharding|distributed|compilation|optim|upcycle|presets|lora|sampling": r"config",
-    r"checkpoint": r"config|lora|upcycle",
+    r"config|hardware|losses|metrics|stored|models\.quantized": r"",
+    r"sharding|distributed|compilation|optim|presets|lora|sampling": r"config",
+    r"upcycle": r"config|stored",
+    r"checkpoint": r"config|lora|stored|upcycle",
     r"models\.layers": r"models\.quantized",
     r"models\.attention": r"models\.layers",
     r"models\.(grouped|products)": r"models\.layers",
     r"models\.buckets": r"models\.(layers|grouped)",
     r"models\.tiles": r"models\.(layers|products|quantized)",
-    r"models\.experts": r"models\.(layers|grouped|buckets|products|tiles)",
+    r"models\.experts": r"sharding|models\.(layers|grouped|buckets|products|quantized|tiles)",
     r"models\.(clip|projector)": r"config|models\.(attention|layers)",
     r"models\.moe": r"config|models\.(layers|experts)",
     r"models\.decoder": r"config|models\.(attention|layers|experts|moe)",
@@ -35,19 +36,20 @@ ALLOWED = {
     r"|sampling",
     r"convert(\..*)?": r"config|checkpoint|convert(\..*)?",
     r"provenance": r"config|data\.sources",
-    r"router|step|info": r"config|losses|lora|optim|models\..*",
+    r"router|step|info": r"config|losses|lora|optim|sharding|models\..*",
     r"flops": r"config|optim",
     r"plan(\..*)?": r"config|hardware|flops|layout|optim|sharding|step|generate|models\..*"
     r"|plan\..*",
     r"layout": r"config|lora|optim|sharding|step|models\..*",
     r"generate|beam": r"config|losses|sampling|sharding|generate|models\..*",
     r"responder|conversation": r"config|sampling|sharding|generate|beam|responder|data\..*",
-    r"model": r"config|checkpoint|sampling|sharding|generate|responder|conversation|quantize"
+    r"model": r"config|checkpoint|sampling|sharding|generate|responder|conversation|placement"
     r"|data\..*|convert\.(folder|report)|models\.layers",
     r"quantize": r"config|models\..*",
     r"analyse\.(geometry|deletion)": r"data\.placement|evaluation\.bootstrap",
     r"analyse\.[a-z]+": r"config|losses|metrics|sampling|generate|quantize|responder|data\..*"
     r"|models\..*|evaluation\..*|analyse\..*",
+    r"placement": r"quantize|sharding|models\..*",
     r"evaluation(\..*)?": r"config|metrics|data\.(problems|sources)|evaluation(\..*)?",
 }
 ENTRY = r"train|info|chat|evaluate|(.*\.)?__main__"

@@ -44,9 +44,11 @@ def test_shapes_are_those_of_the_arrays(name: str) -> None:
     flat = flatten_dict(params, sep="/")
     label = optim.labels(list(flat), cfg.train)
     tx = optim.make(cfg.optim, 10, label)
-    train, frozen = layout.place_weights(cfg, flat, label, mesh)
+    train, frozen = (
+        layout.place_weights(cfg, part, label, mesh) for part in optim.split(flat, label)
+    )
     state = layout.first_state(tx, train, frozen, mesh)
-    shapes = layout.abstract_weights(cfg, label, mesh)
+    shapes = layout.abstract_weights(cfg, layout.shapes(cfg), label, mesh)
     assert outline(shapes) == outline((train, frozen))
     assert outline(layout.abstract_state(tx, *shapes, mesh)) == outline(state)
     assert {v.dtype for v in train.values()} == {np.dtype("float32")}
@@ -62,6 +64,27 @@ def test_the_batch_is_that_of_the_data() -> None:
     batch["images"] = batch["images"].astype(np.uint8)
     placed = sharding.place_batch(layout.on_device(batch), mesh)
     assert outline(layout.abstract_batch(cfg, mesh, length=20, images=2)) == outline(placed)
+
+
+@pytest.mark.parametrize(
+    ("experts", "devices", "message"),
+    [
+        (4, 4, ""),
+        (6, 3, ""),
+        (None, 3, ""),  # a dense model: the axis splits weights and the batch
+        (4, 3, "mesh.expert 3 does not divide the 4 experts of the model; use one of 1, 2, 4, and"),
+        (5, 2, "does not divide the 5 experts of the model; use one of 1, 5,"),
+        (2, 4, "use one of 1, 2,"),
+    ],
+)
+def test_experts_that_cannot_be_shared_out(experts: int | None, devices: int, message: str) -> None:
+    mesh = jax.sharding.AbstractMesh((1, 1, devices), sharding.AXES)
+    model = small_models.config("phi", MoeConfig(experts=experts) if experts else None)
+    if not message:
+        return layout.check_experts(model, mesh)
+    with pytest.raises(ConfigError, match=message):
+        layout.check_experts(model, mesh)
+    return None
 
 
 @pytest.mark.parametrize(

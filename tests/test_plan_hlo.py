@@ -69,7 +69,7 @@ def test_a_step_is_its_model_flops() -> None:
     mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
     label = optim.labels(list(layout.shapes(cfg)), cfg.train)
     tx = optim.make(cfg.optim, 10, label)
-    train, frozen = layout.abstract_weights(cfg, label, mesh)
+    train, frozen = layout.abstract_weights(cfg, layout.shapes(cfg), label, mesh)
     state = layout.abstract_state(tx, train, frozen, mesh)
     batch = layout.abstract_batch(cfg, mesh, length=20, images=1)
     program = step.make_step(cfg, model, tx, state).lower(state, frozen, batch).compile()

@@ -16,8 +16,8 @@ import tiny_runs
 
 from medmoe_jax import generate, losses, presets, quantize, sampling
 from medmoe_jax.config import ConfigError, MoeConfig
-from medmoe_jax.model import in_dtype
 from medmoe_jax.models import decoder, medmoe, moe, quantized
+from medmoe_jax.placement import in_dtype
 from medmoe_jax.quantize import __main__ as command
 
 NEW = 3  # ids of an answer

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
+import re
 import subprocess
 import sys
 from typing import Any
@@ -81,7 +83,35 @@ def test_a_step_moves_what_it_must(case: Case, where: str) -> None:
     nothing goes through the host."""
     program = table(where)[str(case)]["program"]
     assert program["reused"] == program["leaves"] > 20
-    assert program["images"] == program["host"] == []
+    assert program["images"] == program["host"] == program["whole"] == []
+
+
+@pytest.mark.parametrize(("case", "where"), CASES)
+def test_a_device_holds_its_share(case: Case, where: str) -> None:
+    """Weights that train are float32 and have moments, frozen ones bfloat16 (but for the router)
+    and have none; all matrices are split."""
+    memory = table(where)[str(case)]["memory"]
+    train, frozen = memory["train"], memory["frozen"]
+    assert train and frozen and not train.keys() & frozen.keys()
+    assert memory["mu"] == memory["nu"] == train
+    assert set(memory["others"]) == {1}  # counters
+    assert {dtype for dtype, *_ in train.values()} == {"float32"}
+    for path, (dtype, *_) in frozen.items():
+        assert dtype == ("float32" if "/router/" in path else "bfloat16"), path
+    _, *axes = case.mesh
+    for path, (_, whole, held) in (train | frozen).items():
+        if not path.endswith("kernel") or re.search("/(router|experts)/|embedding", path):
+            continue
+        split = whole[-1] if "lm_head" in path else whole[-2]
+        ways = [1, *axes, axes[0] * axes[1]]
+        assert math.prod(whole) == math.prod(held) * max(n for n in ways if split % n == 0), path
+
+
+def test_a_model_is_read_once_whatever_the_mesh() -> None:
+    """A part that several devices hold too; frozen weights arrive in bfloat16."""
+    row = table("QUICK")["loaded"]
+    assert row["equal"]
+    assert row["bytes"] <= row["read"] < 1.3 * row["bytes"]
 
 
 def test_experts_run_on_the_tokens_that_chose_them() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from functools import cache, partial
-from math import prod
 from typing import Any
 
 import jax
@@ -17,10 +16,11 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from medmoe_jax.models import buckets, layers, products
+from medmoe_jax.models import buckets, layers, products, quantized
 from medmoe_jax.models.grouped import FEW, Experts, expert, grouped
 from medmoe_jax.models.layers import Array, Params
 from medmoe_jax.models.tiles import tiled
+from medmoe_jax.sharding import BOTH, fitting
 
 AXIS = "expert"  # the mesh axis that experts are split over, named as in `config.MeshConfig`
 ROWS = "data"  # the one that conversations are split over in generation
@@ -169,11 +169,9 @@ def stationary(
     mesh, n = jax.sharding.get_abstract_mesh(), len(p)
     rows = (ROWS,) if ROWS in mesh.shape and len(x) % mesh.shape[ROWS] == 0 else ()
     owners = (AXIS,) if n < n_experts else ()
-    ffn = next(v["kernel"].shape[-2] for k, v in p[0].items() if k in LAST)
-    # The order in which `sharding.GENERATION` names them.
-    hidden = tuple(sorted(axis for axis in mesh.axis_names if axis not in (ROWS, *owners)))
-    while hidden and ffn % prod(mesh.shape[axis] for axis in hidden):
-        hidden = hidden[:-1]
+    ffn = next(quantized.inputs(v["kernel"]) for k, v in p[0].items() if k in LAST)
+    # As `sharding.GENERATION` has them.
+    hidden = fitting(tuple(axis for axis in BOTH if axis not in owners), ffn, mesh)
 
     def run(p: tuple[Params, ...], x: Array, choice: Array, weight: Array) -> Array:
         if owners:
@@ -185,15 +183,16 @@ def stationary(
         y = _on_one_device(p, x, choice, weight, n)
         return jax.lax.psum(y, (*owners, *hidden)) if owners or hidden else y
 
-    def place(path: Any, _: Array) -> P:
+    def place(path: Any, leaf: Any) -> Any:
         last, kernel = path[-2].key in LAST, path[-1].key == "kernel"
         axes = (
             ((hidden, None) if last else (None, hidden)) if kernel else (None if last else hidden,)
         )
-        return P(*owners, *axes)
+        return quantized.split(leaf, P(*owners, *axes))
 
     tokens = P(rows)
-    specs = jax.tree_util.tree_map_with_path(place, p), tokens, tokens, tokens
+    whole = partial(jax.tree_util.tree_map_with_path, is_leaf=quantized.is_quantized)
+    specs = whole(place, p), tokens, tokens, tokens
     # Nothing is derived here, and kernels do not say along which axes their results vary.
     form = jax.shard_map(run, in_specs=specs, out_specs=tokens, check_vma=False)
     return form(p, x, choice, weight)
@@ -202,11 +201,12 @@ def stationary(
 def _bias_once(p: Params, here: Array) -> Params:
     """An FFN that adds its last bias on one of the devices that share its hidden layer."""
 
-    def one(path: Any, a: Array) -> Array:
-        last_bias = path[-2].key in LAST and path[-1].key == "bias"
-        return jnp.where(here, a, jnp.zeros_like(a)) if last_bias else a
+    def one(name: str, layer: Params) -> Params:
+        if name not in LAST or "bias" not in layer:
+            return layer
+        return layer | {"bias": jnp.where(here, layer["bias"], jnp.zeros_like(layer["bias"]))}
 
-    return jax.tree_util.tree_map_with_path(one, p)
+    return {name: one(name, layer) for name, layer in p.items()}
 
 
 def _obstacle(p: Params, rows: int, n_experts: int, mesh: AbstractMesh) -> str:

@@ -94,7 +94,7 @@ def linear(p: Params, x: Array) -> Array:
     """x [..., d_in] -> [..., d_out] in the dtype of x; the kernel may be quantized, and have an
     adapter beside it."""
     kernel = p["kernel"]
-    if isinstance(kernel, (quantized.Int8, quantized.Int4)):
+    if quantized.is_quantized(kernel):
         y = quantized.product(kernel, x)
     else:
         y = x @ cast(kernel, x.dtype)

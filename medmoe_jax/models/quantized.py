@@ -9,10 +9,11 @@ its int4 takes a byte a number; and its groups must divide the matrix.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 Array = jax.Array
 
@@ -37,6 +38,35 @@ class Int4(NamedTuple):
 
     values: Array  # i8[*stack, groups, g/2, out]
     scale: Array  # f32[*stack, groups, out]
+
+
+def is_quantized(leaf: Any) -> bool:
+    """Whether this is a quantized kernel; also an `is_leaf` for functions on trees."""
+    return isinstance(leaf, (Int8, Int4))
+
+
+def outline(kernel: Any) -> tuple[int, ...]:
+    """[*stack, in, out] as it can be shared out: whole groups of inputs where there are groups.
+    Of any other leaf its shape."""
+    if isinstance(kernel, Int4):
+        return tuple(kernel.scale.shape)
+    return tuple(kernel.values.shape if isinstance(kernel, Int8) else kernel.shape)
+
+
+def inputs(kernel: Any) -> int:
+    """Inputs of a kernel, quantized or not, or groups of them: what can be shared out."""
+    return outline(kernel)[-2]
+
+
+def split(kernel: Any, spec: P) -> Any:
+    """The specs of a leaf that is split like `spec`, which has an entry for each axis of
+    `outline`."""
+    specs: Any = (spec,)
+    if isinstance(kernel, Int8):
+        specs = spec, P(*spec[:-2], spec[-1])
+    elif isinstance(kernel, Int4):
+        specs = P(*spec[:-1], None, spec[-1]), spec
+    return type(kernel)(*specs) if is_quantized(kernel) else spec
 
 
 def _rounded(w: Array, largest: int) -> tuple[Array, Array]:

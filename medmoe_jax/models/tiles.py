@@ -146,8 +146,8 @@ def _mlp(p: Params, rows: Array, share: Array, sizes: Array, tile: int, product:
 
     def times(p: Params, rows: Array) -> Array:
         kernel = p["kernel"]
-        if isinstance(kernel, (quantized.Int8, quantized.Int4)):
-            kernel = quantized.dequantize(kernel)
+        if quantized.is_quantized(kernel):
+            kernel = quantized.dequantize(kernel)[:, : rows.shape[-1]]  # no zeros of a last group
         y = grouped(rows, layers.cast(kernel, rows.dtype))
         return y + layers.low_rank(p, rows, grouped) if "lora_a" in p else y
 

@@ -75,12 +75,14 @@ def abstract(cfg: RunConfig, mesh: Mesh, length: int, images: int) -> Abstract:
       ConfigError: the batch cannot be split over them, or a setting does not fit.
     """
     layout.check_batch_size(cfg, mesh)
+    layout.check_experts(layout.model_of(cfg), mesh)
     places = cfg.model.vision.patches * images
     if length < 1 or images < 0 or places > length:
         raise ConfigError(f"{images} image(s) of {places} places do not fit into {length} tokens")
-    label = layout.labels(cfg, layout.shapes(cfg))
+    flat = layout.shapes(cfg)
+    label = layout.labels(cfg, flat)
     tx = optim.make(cfg.optim, STEPS, label)
-    train, frozen = layout.abstract_weights(cfg, label, mesh)
+    train, frozen = layout.abstract_weights(cfg, flat, label, mesh)
     state = layout.abstract_state(tx, train, frozen, mesh)
     batch = layout.abstract_batch(cfg, mesh, length, max(images, 1))
     return Abstract(state, frozen, batch, label, tx)

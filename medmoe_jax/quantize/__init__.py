@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from medmoe_jax.config import ConfigError, ModelConfig
 from medmoe_jax.models import medmoe
 from medmoe_jax.models.layers import Array, Params
-from medmoe_jax.models.quantized import Int4, Int8, to_int4, to_int8
+from medmoe_jax.models.quantized import Int4, Int8, is_quantized, to_int4, to_int8
 
 BITS = (8, 4)
 GROUP = 128  # inputs that share a step size with 4 bits
@@ -47,11 +47,6 @@ COMPONENTS = {
     "plain FFNs": r"llm/.*mlp/",
     "attention and norms": r"llm/",
 }
-
-
-def is_quantized(leaf: Any) -> bool:
-    """Whether this is a quantized kernel; also an `is_leaf` for functions on trees."""
-    return isinstance(leaf, (Int8, Int4))
 
 
 def check_settings(bits: int, group: int = GROUP, parts: Sequence[str] = ALL) -> None:
@@ -94,19 +89,30 @@ def quantize(
     def one(path: Any, leaf: Any) -> Any:
         name = _name(path)
         chosen = any(re.fullmatch(PARTS[part], name) for part in parts)
-        return _kernel(leaf, bits, group) if chosen else leaf
+        return kernel(leaf, bits, group) if chosen else leaf
 
     return jax.tree_util.tree_map_with_path(one, params)
 
 
-@partial(jax.jit, static_argnames=("bits", "group"))
-def _kernel(kernel: Array, bits: int, group: int) -> Int8 | Int4:
-    """[*stack, in, out], one matrix after the other."""
+@partial(jax.jit, static_argnames=("bits", "group", "places"))
+def kernel(w: Array, bits: int, group: int = GROUP, places: Int8 | Int4 | None = None) -> Any:
+    """One kernel, quantized.
+
+    Args:
+      w: [*stack, in, out].
+      bits, group: see `quantize`.
+      places: where the result shall lie, a NamedSharding for each part. With them all matrices are
+        rounded at once, each device its share; else one after the other.
+    """
     one = to_int8 if bits == 8 else partial(to_int4, group=group)
-    if kernel.ndim == 2:
-        return one(kernel)
-    done = jax.lax.map(one, kernel.reshape(-1, *kernel.shape[-2:]))
-    return jax.tree.map(lambda a: a.reshape(*kernel.shape[:-2], *a.shape[1:]), done)
+    if places is not None:
+        for _ in w.shape[:-2]:
+            one = jax.vmap(one)
+        return jax.lax.with_sharding_constraint(one(w), places)
+    if w.ndim == 2:
+        return one(w)
+    done = jax.lax.map(one, w.reshape(-1, *w.shape[-2:]))
+    return jax.tree.map(lambda a: a.reshape(*w.shape[:-2], *a.shape[1:]), done)
 
 
 def nbytes(params: Any) -> dict[str, int]:

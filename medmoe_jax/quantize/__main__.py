@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from medmoe_jax import metrics, predict, quantize
+from medmoe_jax import metrics, placement, predict, quantize
 from medmoe_jax import model as loaded
 from medmoe_jax.config import ModelConfig
 from medmoe_jax.data import questions
@@ -162,7 +162,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
     def bfloat16() -> Params:
-        return loaded.in_dtype(model.params, jnp.bfloat16)
+        return placement.in_dtype(model.params, jnp.bfloat16)
 
     def smaller(bits: int) -> Params:
         return quantize.quantize(model.params, bits, group=args.group, parts=args.parts)
