@@ -233,9 +233,9 @@ def report(found: Explanation) -> dict[str, Any]:
 
     Returns:
       question, answer, probability, modality, warnings; `tokens`: text, kind and, in a MoE model,
-      experts [Lm][top_k] and weights of each, patches with image and place (row, column);
-      `patches`: side, method, attribution [K][side][side], shown, sum of the attribution, beside it
-      the difference that hiding all patches makes to log p; `deletion` (`Curve.report`).
+      experts `[Lm][top_k]` and weights of each, patches with image and place (row, column);
+      `patches`: side, method, attribution `[K][side][side]`, shown, sum of the attribution, beside
+      it the difference that hiding all patches makes to log p; `deletion` (`Curve.report`).
     """
     side, difference = found.attribution.shape[-1], None
     if found.curve is not None:

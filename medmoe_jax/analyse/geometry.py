@@ -14,7 +14,8 @@ def shows_picture(where: Placement, width: int, height: int, side: int) -> np.nd
 
     Args:
       where: how the picture became a square.
-      width, height: of the picture, pixels.
+      width: of the picture, pixels.
+      height: of the picture, pixels.
       side: patches along an edge of the square.
     """
     corners = where.to_square(np.array([[0, 0], [width, height]], np.float64))
@@ -31,7 +32,8 @@ def on_picture(values: np.ndarray, where: Placement, width: int, height: int) ->
     Args:
       values: [side, side], row-major from the upper left.
       where: how the picture became a square.
-      width, height: of the picture, pixels.
+      width: of the picture, pixels.
+      height: of the picture, pixels.
 
     Returns:
       f64[height, width]; NaN where the picture was cut off and no patch saw it.

@@ -45,7 +45,8 @@ def place(width: int, height: int, resize: int, crop: int, pad: bool) -> Placeme
     """How a picture becomes a square.
 
     Args:
-      width, height: of the picture, pixels.
+      width: of the picture, pixels.
+      height: of the picture, pixels.
       resize: of the shortest edge, pixels.
       crop: edge of the square that is cut from the centre, pixels.
       pad: to a square before resizing.
