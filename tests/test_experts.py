@@ -97,19 +97,25 @@ def test_a_tuple_of_experts_is_the_stack() -> None:
 
 
 @pytest.mark.parametrize("pairs", [1, 2, 63, 64, 65, 127, 128, 129, 511, 512, 513, 4096, 5001])
-def test_sizes(pairs: int) -> None:
-    """They rise from nothing to all, few of them, none smaller than needed for the next."""
-    sizes = grouped.group_sizes(pairs)
+@pytest.mark.parametrize("n_experts", [1, 2, 4, 8])
+def test_sizes(pairs: int, n_experts: int) -> None:
+    """They rise from nothing to all, few of them; those near the mean group waste little."""
+    sizes = grouped.group_sizes(pairs, n_experts)
     assert sizes[0] == 0 and sizes[-1] == pairs and sizes == sorted(set(sizes))
-    assert len(sizes) <= grouped.BUCKETS + 1
+    assert len(sizes) <= grouped.BUCKETS + 4
     if pairs <= grouped.FEW:
         assert len(sizes) == 2
+    else:
+        mean = pairs / n_experts
+        fine = [s for s in sizes if s <= grouped.LIKELY * mean]
+        assert max(np.diff(fine), default=0) <= max(grouped.BUCKET, mean / 4 + 1)
+        assert fine[-1] >= mean or sizes[1] == grouped.BUCKET
 
 
 def test_counts_on_every_border() -> None:
     """An expert that gets exactly as many tokens as a size holds, one fewer and one more."""
     tokens, p = 192, parameters(2)
-    sizes = grouped.group_sizes(tokens)
+    sizes = grouped.group_sizes(tokens, 2)
     assert len(sizes) == 7
     x, _, weight = inputs(tokens, 2, 1, "mixed")
     training = partial(tiles.tiled, product=buckets.cpu, tile=1)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from medmoe_jax.models.grouped import by_size, over_groups, padded
+from medmoe_jax.models.grouped import by_size, group_sizes, over_groups, padded
 from medmoe_jax.models.layers import Array
 
 
@@ -35,7 +35,8 @@ def _forward(rows: Array, kernels: Array, sizes: Array) -> tuple[Array, Any]:
 
 def _backward(kept: tuple[Array, Array, Array], dy: Array) -> tuple[Array, Array, None]:
     rows, kernels, sizes = kept
-    given, back, starts = padded(rows), padded(dy), jnp.cumsum(sizes) - sizes
+    static = group_sizes(len(rows), len(sizes))
+    given, back, starts = padded(rows, static), padded(dy, static), jnp.cumsum(sizes) - sizes
     found = []
     for e in range(len(sizes)):
 
@@ -47,7 +48,7 @@ def _backward(kept: tuple[Array, Array, Array], dy: Array) -> tuple[Array, Array
         def empty() -> Array:
             return jnp.zeros(kernels.shape[1:], dy.dtype)
 
-        found.append(by_size(len(rows), sizes[e], run, empty))
+        found.append(by_size(static, sizes[e], run, empty))
     return _rows(dy, kernels, sizes, 2), jnp.stack(found), None
 
 

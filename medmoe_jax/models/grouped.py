@@ -20,7 +20,8 @@ from medmoe_jax.models.layers import Array, Params
 Experts = Params | tuple[Params, ...]
 FEW = 64  # (token, expert) pairs up to which only the bytes of the weights matter
 BUCKET = 32  # pairs by which the static sizes of an expert's group differ at least
-BUCKETS = 8  # most static sizes of a group, beside the empty one
+BUCKETS = 8  # static sizes of a group up to a likely one, beside the empty one
+LIKELY = 2  # times as many rows as the mean group: above, the sizes double
 
 
 def expert(p: Experts, e: int) -> Params:
@@ -28,16 +29,20 @@ def expert(p: Experts, e: int) -> Params:
     return p[e] if isinstance(p, tuple) else jax.tree.map(lambda a: a[e], p)
 
 
-def group_sizes(pairs: int) -> list[int]:
+def group_sizes(pairs: int, n_experts: int) -> list[int]:
     """Static sizes of an expert's group among `pairs` (token, expert) pairs: 0, ..., pairs."""
-    n = 1 if pairs <= FEW else min(BUCKETS, -(-pairs // BUCKET))
-    return [-(-pairs * i // n) for i in range(n + 1)]
+    if pairs <= FEW:
+        return [0, pairs]
+    unit = max(BUCKET, -(-pairs * LIKELY // (n_experts * BUCKETS)))
+    sizes = [unit * i for i in range(BUCKETS + 1) if unit * i < pairs]
+    while 2 * sizes[-1] < pairs and len(sizes) > BUCKETS:
+        sizes.append(2 * sizes[-1])
+    return [*sizes, pairs]
 
 
-def by_size(rows: int, count: Array, run: Callable[..., Any], empty: Any, *args: Any) -> Any:
-    """run(size, *args) for the static size that holds a group of `count` among `rows` rows;
-    empty(*args) for an empty group."""
-    sizes = group_sizes(rows)
+def by_size(sizes: list[int], count: Array, run: Callable[..., Any], empty: Any, *args: Any) -> Any:
+    """run(size, *args) for the first of `sizes` that holds a group of `count` rows; empty(*args)
+    for an empty group."""
 
     def branch(size: int) -> Callable[..., Any]:
         return lambda *args: run(size, *args)
@@ -46,9 +51,8 @@ def by_size(rows: int, count: Array, run: Callable[..., Any], empty: Any, *args:
     return jax.lax.switch(which, [empty, *map(branch, sizes[1:])], *args)
 
 
-def padded(rows: Array) -> Array:
+def padded(rows: Array, sizes: list[int]) -> Array:
     """rows [R, ...] and zeros behind them, as many as the last group's size may reach too far."""
-    sizes = group_sizes(len(rows))
     more = max(b - a for a, b in itertools.pairwise(sizes))
     return jnp.pad(rows, ((0, more), (0, 0)))
 
@@ -67,7 +71,8 @@ def over_groups(
     Returns:
       [R, N] in the dtype of rows, zero behind the last group.
     """
-    given, starts = padded(rows), jnp.cumsum(counts) - counts
+    sizes = group_sizes(len(rows), len(counts))
+    given, starts = padded(rows, sizes), jnp.cumsum(counts) - counts
     y = jnp.zeros((len(given), width), rows.dtype)
     for e in range(len(counts)):
 
@@ -76,7 +81,7 @@ def over_groups(
             # What is wrong behind the group is overwritten by the next one.
             return jax.lax.dynamic_update_slice_in_dim(y, run(e, mine), starts[e], 0)
 
-        y = by_size(len(rows), counts[e], group, lambda y: y, y)
+        y = by_size(sizes, counts[e], group, lambda y: y, y)
     return jnp.where((jnp.arange(len(rows)) < counts.sum())[:, None], y[: len(rows)], 0)
 
 
