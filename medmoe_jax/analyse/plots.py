@@ -16,6 +16,7 @@ from medmoe_jax.metrics import MissingExtra
 
 # Of experts, told apart in print and by colour-blind readers (Okabe and Ito).
 COLOURS = (BLUE, VERMILION, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#F0E442", GREY)
+BLUES, REDS = (0.10, 0.35, 0.95), (0.95, 0.15, 0.10)  # against and for an answer
 SHOWN_KINDS = ("image", "text")
 
 
@@ -128,6 +129,12 @@ def _confusion(axes: Any, found: Mapping[str, Any]) -> None:
 
 def overlay(found: Explanation, path: Path) -> Path:
     """The pictures, and over each what its patches add to the answer."""
+    need_matplotlib()
+    from matplotlib.colors import LinearSegmentedColormap
+
+    # Clear where a patch adds nothing, so that the picture is seen.
+    ends = [(0.0, (*BLUES, 0.85)), (0.5, (*BLUES, 0.0)), (0.5, (*REDS, 0.0)), (1.0, (*REDS, 0.85))]
+    added = LinearSegmentedColormap.from_list("added", ends)
     most = float(np.abs(found.attribution).max()) or 1.0
     heights = [0.86 * WIDTH * picture.height / picture.width for picture in found.pictures]
 
@@ -139,15 +146,12 @@ def overlay(found: Explanation, path: Path) -> Path:
             row[0].imshow(np.asarray(picture))
             row[1].imshow(grey, cmap="gray", vmin=0, vmax=255)
             values = np.ma.masked_invalid(found.overlay(number))
-            # Clear where a patch adds nothing, so that the picture is seen.
-            alpha = 0.75 * np.abs(values.filled(0)) / most
-            shade = row[1].imshow(values, cmap="RdBu_r", vmin=-most, vmax=most, alpha=alpha)
+            shade = row[1].imshow(values, cmap=added, vmin=-most, vmax=most)
             for axes in row:
                 axes.set_axis_off()
         method = found.method.replace("_", " ")
         bar = figure.colorbar(shade, ax=panels[:, 1].tolist(), shrink=0.8)
         bar.set_label(f"added to log p(answer)\n({method})")
-        bar.solids.set_alpha(1)
         title = f"{found.question}\n{found.answer} ({found.probability:.1%})"
         figure.suptitle(title, fontsize=9, parse_math=False)
 
