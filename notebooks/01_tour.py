@@ -64,9 +64,12 @@ if importlib.util.find_spec("medmoe_jax") is None:  # as on Colab; takes a few m
 # The real model starts from CLIP and Phi-2 and trains for days. This one has 2.6 million
 # parameters. The command draws *phantom studies* (images of which every fact is known), makes tiny
 # checkpoints in the files that CLIP and Phi-2 come in, and takes the same path as the real thing.
-# It prints each command it runs, and it is short: three minutes or so on two CPU cores. The model
-# learns the kinds of image well, and to find lesions only a little. (Without `--quick` it trains
-# until it can, which takes ten minutes.)
+# It prints each command it runs.
+#
+# It is short: some three minutes on two CPU cores. So it knows little: X-rays and pathology it
+# tells apart from everything, CT from MRI hardly, and of held-out questions it answers some 60 %
+# rightly, where guessing gets about half of the closed ones. Without `--quick` it trains until nine
+# of ten are right, which takes ten minutes.
 #
 # Run again, it finds everything done.
 

@@ -56,7 +56,7 @@ if importlib.util.find_spec("medmoe_jax") is None:  # as on Colab; takes a few m
 # ## The model
 #
 # By default the miniature that this command makes (three minutes on two CPU cores, at once if
-# `01_tour` has run). It knows modalities better than lesions.
+# `01_tour` has run). It was trained so shortly that many of its answers are wrong.
 
 # %%
 # !python -m medmoe_jax.demo --quick --workdir runs/quick

@@ -70,6 +70,10 @@ def test_runs(place: Path, name: str) -> None:
         cell.source = cell.source.replace(old, new)
     env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     env |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # compiles in half the time
+    env |= {  # and what one of them has compiled, the others read
+        "JAX_COMPILATION_CACHE_DIR": str(place / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     env.pop("MPLBACKEND", None)  # the kernel's own shows figures
     client = NotebookClient(
         notebook,
