@@ -9,10 +9,12 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
+import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from medmoe_jax.config import ModelConfig
+from medmoe_jax import lora
+from medmoe_jax.config import ModelConfig, RunConfig
 from medmoe_jax.models import layers, medmoe
 
 # Paper Table 14: (activated, total) in billions, by family.
@@ -56,6 +58,22 @@ def components(cfg: ModelConfig) -> dict[str, tuple[int, int]]:
         if cfg.moe.meta:
             parts["meta expert"] = _always(llm["moe"]["meta"])
     return parts
+
+
+def adapters(cfg: RunConfig) -> tuple[int, int]:
+    """(total, activated for a token) parameters of the adapters, which are all that trains.
+
+    Raises ConfigError as `lora.adapted` does.
+    """
+    flat: dict[str, Any] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(medmoe.shapes(cfg.model)):
+        flat[jax.tree_util.keystr(path, simple=True, separator="/")] = leaf
+    total = active = 0
+    for path, leaf in lora.shapes(cfg, flat).items():
+        total += leaf.size
+        routed = cfg.model.moe if "/experts/" in path else None
+        active += leaf.size * routed.active // routed.experts if routed else leaf.size
+    return total, active
 
 
 def report(cfg: ModelConfig) -> str:
@@ -112,6 +130,9 @@ def main(_: list[str]) -> None:
     config = flags.FLAGS.config
     print(f"{config.phase}: {config.model.llm.family}, projector {config.model.projector}")
     print(report(config.model.validate()))
+    if config.lora.rank:
+        total, active = adapters(config)
+        print(f"{f'adapters of rank {config.lora.rank}':<24}{total:>16,}{active:>16,}")
 
 
 if __name__ == "__main__":

@@ -22,8 +22,15 @@ import small_models
 import tensorstore
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from medmoe_jax import checkpoint, layout, optim, sharding, step, stored
-from medmoe_jax.config import MeshConfig, ModelConfig, MoeConfig, OptimConfig, RunConfig
+from medmoe_jax import checkpoint, layout, lora, optim, sharding, step, stored
+from medmoe_jax.config import (
+    LoraConfig,
+    MeshConfig,
+    ModelConfig,
+    MoeConfig,
+    OptimConfig,
+    RunConfig,
+)
 from medmoe_jax.models import experts, grouped, layers
 
 DEVICES = 8
@@ -39,6 +46,7 @@ class Model(NamedTuple):
     remat: str = "none"
     dtype: str = "float32"
     accumulate: int = 1
+    lora: int = 0  # rank of adapters
 
 
 class Case(NamedTuple):
@@ -63,6 +71,7 @@ QUICK = (
     Case(STABLELM2, (2, 2, 2)),
     Case(Model("phi", 2, experts=6), (2, 1, 3)),  # on six of the devices
     Case(Model("stablelm", 1, experts=2, accumulate=2), (1, 4, 2)),
+    Case(Model("phi", 1, lora=2), (2, 2, 2)),
 )
 REST = (
     *(case for case in ALL if case not in QUICK),
@@ -85,12 +94,15 @@ class Result(NamedTuple):
 
 
 def config(model: Model) -> tuple[RunConfig, ModelConfig]:
-    """A run that trains what the official stage 3 trains, and keeps the rest in bfloat16. The large
-    epsilon makes Adam's step a smooth function of the gradient, also where that is about zero."""
+    """A run that trains what the official stage 3 trains, or adapters, and keeps the rest in
+    bfloat16. The large epsilon makes Adam's step a smooth function of the gradient, also where that
+    is about zero."""
+    whole = ("llm/moe/(experts|meta)/.*", "llm/mlp/.*", "projector/.*")
     sizes = small_models.config(model.family, MoeConfig(model.experts, model.top_k), layers=4)
     return RunConfig(
         model=sizes,
-        train=("llm/moe/(experts|meta)/.*", "llm/mlp/.*", "projector/.*"),
+        train=("llm/.*",) if model.lora else whole,
+        lora=LoraConfig(model.lora, dropout=0.0),
         compute_dtype=model.dtype,
         remat=model.remat,
         loss_chunk=0,
@@ -109,9 +121,11 @@ def batch(sizes: ModelConfig, rows: int) -> dict[str, np.ndarray]:
     return {key: found[key] for key in keys}
 
 
-def parameters(sizes: ModelConfig, routing: str) -> dict[str, np.ndarray]:
-    """Random parameters; the router prefers the last expert for all tokens, if so wanted."""
+def parameters(run: RunConfig, sizes: ModelConfig, routing: str) -> dict[str, np.ndarray]:
+    """Random parameters, adapters among them; the router prefers the last expert for all tokens, if
+    so wanted."""
     flat = flatten_dict(small_models.params(sizes), sep="/")
+    flat |= small_models.fill(lora.shapes(run, flat), seed=1)
     if routing == "one expert":
         kernel, bias = (f"llm/moe/router/fc1/{name}" for name in ("kernel", "bias"))
         flat[kernel] = 0 * flat[kernel]
@@ -128,8 +142,8 @@ def first_step(model: Model, mesh: jax.sharding.Mesh, size: int) -> Result:
     held: dict[str, Any] = {}
     rows = sharding.place_batch(batch(sizes, size), mesh)
     for routing in ROUTINGS:
-        flat = parameters(sizes, routing)
-        label = optim.labels(list(flat), run.train)
+        flat = parameters(run, sizes, routing)
+        label = layout.labels(run, flat)
         train, frozen = (
             layout.place_weights(run, part, label, mesh) for part in optim.split(flat, label)
         )

@@ -34,6 +34,7 @@ ALLOWED = {
     r"data(\..*)?": r"config|data(\..*)?",
     r"convert\.check": r"config|checkpoint|convert\..*|data\..*|models\..*|generate|losses"
     r"|sampling",
+    r"convert\.peft": r"config|checkpoint|lora|convert\..*",
     r"convert(\..*)?": r"config|checkpoint|convert(\..*)?",
     r"provenance": r"config|data\.sources",
     r"router|step|info": r"config|losses|lora|optim|sharding|models\..*",

@@ -10,14 +10,15 @@ import pytest
 import small_models
 from flax.traverse_util import flatten_dict
 
-from medmoe_jax import layout, optim, router, sharding
-from medmoe_jax.config import ConfigError, MeshConfig, MoeConfig, OptimConfig, RunConfig
+from medmoe_jax import layout, lora, optim, router, sharding
+from medmoe_jax.config import ConfigError, LoraConfig, MeshConfig, MoeConfig, OptimConfig, RunConfig
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 MODEL = small_models.config("phi", MoeConfig(experts=2), layers=2)
 RUNS = {
     "experts": RunConfig(model=MODEL, train=("llm/moe/(experts|meta)/.*",)),
+    "adapters": RunConfig(model=MODEL, train=("llm/moe/.*",), lora=LoraConfig(rank=2)),
     "router": RunConfig(
         model=MODEL, objective="router", train=("router/.*",), frozen_dtype="float32"
     ),
@@ -42,7 +43,8 @@ def test_shapes_are_those_of_the_arrays(name: str) -> None:
         assert cfg.model.moe and not model.moe
         params |= {"router": jax.device_get(router.fresh(model, cfg.model.moe, 0))}
     flat = flatten_dict(params, sep="/")
-    label = optim.labels(list(flat), cfg.train)
+    flat |= lora.fresh(cfg, flat)
+    label = layout.labels(cfg, flat)
     tx = optim.make(cfg.optim, 10, label)
     train, frozen = (
         layout.place_weights(cfg, part, label, mesh) for part in optim.split(flat, label)

@@ -13,7 +13,7 @@ import pytest
 import small_models
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from medmoe_jax import flops, generate, layout, lora, optim, step
+from medmoe_jax import flops, generate, info, layout, lora, optim, step
 from medmoe_jax.config import ConfigError, LoraConfig, ModelConfig, MoeConfig, RunConfig
 from medmoe_jax.models import experts, grouped, layers, products, tiles
 
@@ -274,6 +274,13 @@ def test_flops_by_hand() -> None:
     first = 2 * (2 * d * f + 2 * 2 * d * f + factors) + 2 * d * 2 + attention
     second = 2 * 2 * 2 * d * f + 2 * attention
     assert found.token == first + second + 2 * 2 * d * v
+
+
+def test_info_counts_them() -> None:
+    """Two of the experts' matrices and two of the meta expert's; one expert of two is active."""
+    cfg = run_config(train=("llm/moe/(experts|meta)/.*",))
+    pair = 2 * 3 * (16 + 20)
+    assert info.adapters(cfg) == (3 * pair, 2 * pair)
 
 
 def test_fingerprint() -> None:

@@ -1,6 +1,6 @@
 """Conversion between PyTorch checkpoints and model folders, both ways and exact to the bit.
 
-Command line: `python -m medmoe_jax.convert {to-jax,to-torch,check} ...`. Read on in `table.py`.
+Command line: `python -m medmoe_jax.convert {to-jax,to-torch,to-peft,...}`. Read on in `table.py`.
 """
 
 from medmoe_jax.convert.report import ConversionError, Report

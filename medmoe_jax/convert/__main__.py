@@ -1,4 +1,4 @@
-"""Command line of the conversion: `python -m medmoe_jax.convert {to-jax,to-torch,check} ...`."""
+"""Command line of the conversion: `python -m medmoe_jax.convert {to-jax,to-torch,to-peft,...}`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from medmoe_jax.checkpoint import CheckpointError
 from medmoe_jax.config import ConfigError
-from medmoe_jax.convert import ConversionError, to_jax, to_torch
+from medmoe_jax.convert import ConversionError, peft, to_jax, to_torch
 from medmoe_jax.convert.to_torch import LAYOUTS
 from medmoe_jax.convert.torch_files import FLOATS
 
@@ -33,6 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 tokenizer=args.tokenizer,
                 seed=args.seed,
             )
+        elif args.command == "to-peft":
+            report = peft.to_peft(args.src, args.dst)
+        elif args.command == "from-peft":
+            report = peft.from_peft(args.src, args.dst, args.base)
         else:
             report = to_torch(args.src, args.dst, layout=args.layout, dtype=args.dtype)
     except (ConversionError, CheckpointError, ConfigError) as error:
@@ -67,6 +71,13 @@ def _parser() -> argparse.ArgumentParser:
         "--layout", choices=LAYOUTS, help="default: official where the model is whole"
     )
     torch.add_argument("--dtype", choices=FLOATS, help="of all weights; default: their own")
+    export = commands.add_parser("to-peft", help="adapters to an adapter folder of peft")
+    export.add_argument("src", help="model folder of a run with config.lora.rank")
+    export.add_argument("dst", help="folder to write")
+    adapters = commands.add_parser("from-peft", help="an adapter folder of peft to adapters")
+    adapters.add_argument("src", help="folder with adapter_config.json")
+    adapters.add_argument("dst", help="model folder to write")
+    adapters.add_argument("--base", required=True, help="model folder that they belong to")
     check = commands.add_parser("check", help="compare the model with recorded activations")
     check.add_argument("src", help="PyTorch folder or model folder")
     check.add_argument("--io", required=True, help="activation file (.safetensors)")

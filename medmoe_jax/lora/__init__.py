@@ -44,6 +44,11 @@ def is_adapter(path: str) -> bool:
     return path.endswith((f"/{A}", f"/{B}"))
 
 
+def is_target(name: str, path: str) -> bool:
+    """Whether a parameter is a kernel of the kind `name` of TARGETS."""
+    return re.fullmatch(TARGETS[name], path) is not None
+
+
 def check(cfg: LoraConfig) -> None:
     """Raises ConfigError on a setting that cannot work."""
     unknown = [name for name in cfg.targets if name not in TARGETS]
@@ -80,7 +85,7 @@ def adapted(cfg: RunConfig, paths: Iterable[str]) -> list[str]:
     found: list[str] = []
     kernels = [path for path in paths if path.endswith("/kernel")]
     for target in cfg.lora.targets or TARGETS:
-        mine = [path for path in kernels if re.fullmatch(TARGETS[target], path)]
+        mine = [path for path in kernels if is_target(target, path)]
         covered = [path for path in mine if any(re.fullmatch(p, path) for p in cfg.train)]
         if cfg.lora.targets and len(covered) < len(mine):
             missing = sorted(set(mine) - set(covered))
