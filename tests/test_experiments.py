@@ -27,7 +27,7 @@ from medmoe_jax.experiments.study import Study
 pytestmark = pytest.mark.usefixtures("quick_compile")
 TITLE = "With and without the meta expert"
 ROOT = Path(__file__).resolve().parents[1]
-SETTING = {"seeds": 1, "phantoms": False, "models": ["a", "b"]}
+SETTING = {"command": "python -m this", "seeds": 1, "phantoms": False, "models": ["a", "b"]}
 
 
 def small_study(folder: Path, seeds: int = 1) -> Study:

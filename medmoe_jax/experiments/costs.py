@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +28,6 @@ LANGUAGE = ("vision tower", "projector")  # not part of the language model
 NAMES = {"phi": "Phi2", "stablelm": "StableLM"}  # as the paper's tables have them
 
 
-@contextmanager
-def _no_stored_programs() -> Iterator[None]:
-    """A program that comes from the folder of compiled ones does not tell its memory."""
-    before = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_compilation_cache", before)
-
-
 def training_memory(run: RunConfig) -> dict[str, float]:
     """Bytes of a device that one training step takes, as the compiler says.
 
@@ -53,7 +40,7 @@ def training_memory(run: RunConfig) -> dict[str, float]:
     mesh = sharding.make_mesh(run.mesh)
     length = run.data.buckets[0] if run.data.buckets else run.data.max_length
     given = programs.abstract(run, mesh, length, 1)
-    with jax.set_mesh(mesh), _no_stored_programs():
+    with jax.set_mesh(mesh):
         made = step.make_step(run, layout.model_of(run), given.tx, given.state)
         memory: Any = made.lower(given.state, given.frozen, given.batch).compile().memory_analysis()
     groups = given.groups

@@ -88,7 +88,7 @@ def sentence(setting: dict[str, Any]) -> str:
         f"{setting['seeds']} seed(s), {data}, models {' and '.join(setting['models'])}. Seeds vary "
         + ("the data, " if setting["phantoms"] else "")
         + "the order of rows and the start of what is drawn at random; pretrained parts are the "
-        "same."
+        f"same. Made by `{setting['command']}`."
     )
 
 
