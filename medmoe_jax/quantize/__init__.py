@@ -100,7 +100,8 @@ def kernel(w: Array, bits: int, group: int = GROUP, places: Int8 | Int4 | None =
 
     Args:
       w: [*stack, in, out].
-      bits, group: see `quantize`.
+      bits: see `quantize`.
+      group: see `quantize`.
       places: where the result shall lie, a NamedSharding for each part. With them all matrices are
         rounded at once, each device its share; else one after the other.
     """
