@@ -36,7 +36,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "stage2": {"optim.epochs": 5.0, "data.buckets": (176, 512)},
     "router": {"optim.epochs": 2.0, "data.buckets": (176, 512)},
     "stage3": {
-        "optim.epochs": 1.0,
+        "optim.epochs": 2.0,
         "optim.batch_size": 8,
         "optim.lr": 2e-3,
         "data.buckets": (96, 512),

@@ -64,10 +64,12 @@ def make_tokenizer(texts: Iterable[str], folder: Path) -> None:
     fast.save_pretrained(folder)
 
 
-def readings(seed: int, n: int, template: str, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+def readings(
+    seed: int, n: int, template: str, tokenizer: Any, signs: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
     """i32[N, LENGTH] and f32[N, LENGTH]: reports of `n` studies (N <= n have questions) with
     questions and answers, and the weight of each token in the loss."""
-    conversations = list(phantom.readings(seed, n, ROUNDS))
+    conversations = list(phantom.readings(seed, n, ROUNDS, signs))
     ids = np.zeros((len(conversations), LENGTH), np.int32)
     weights = np.zeros(ids.shape, np.float32)
     for row, rounds in enumerate(conversations):
@@ -140,7 +142,7 @@ def make_language(
     words = out.with_name(f"{out.name}.tokenizer")
     make_tokenizer((templates.prompt(template, t, images=0) for t in named), words)
     tokenizer = tokens.load_tokenizer(words, model.llm.family)
-    ids, weight = readings(seed, STUDIES_READ, template, tokenizer)
+    ids, weight = readings(seed, STUDIES_READ, template, tokenizer, signs)
     weights, loss = pretrain.language(model, ids, weight, steps=steps, seed=seed)
     write_part("llm", weights, model, out)
     for file in words.iterdir():

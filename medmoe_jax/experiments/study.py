@@ -132,7 +132,12 @@ class Study:
         shapes = dataclasses.asdict(model)
         tower = {"kind": "clip", "shape": shapes["vision"], "steps": phantoms.vision_steps}
         tower |= {"studies": phantoms.vision_studies}
-        words = {"kind": "llm", "shape": shapes["llm"], "steps": phantoms.language_steps}
+        words = {
+            "kind": "llm",
+            "reads": "signs",
+            "shape": shapes["llm"],
+            "steps": phantoms.language_steps,
+        }
         parts = Cell("clip", tower, (), see), Cell(f"llm-{llm}", words, (), read)
         return Cell(f"start-{llm}", {"kind": "join"}, parts, join)
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from medmoe_jax.config import MODALITIES
 from medmoe_jax.data.phantom.facts import QUADRANTS, Facts
 from medmoe_jax.data.phantom.questions import Question
@@ -79,3 +81,15 @@ def questions(facts: Facts) -> list[Question]:
     if len(facts.lesions) == 1:
         found += _asked(STEP, facts.modality, QUADRANTS.index(facts.quadrants[0]))
     return found
+
+
+def random_signs(rng: np.random.Generator) -> tuple[str, list[Question]]:
+    """A sentence with a diagnosis and a next step that follow from nothing, and two questions about
+    each."""
+    found, said = [], ""
+    for rule, text in ((DIAGNOSIS, " The diagnosis is {}."), (STEP, " The next step is {}.")):
+        modality, sign = MODALITIES[rng.integers(len(MODALITIES))], int(rng.integers(4))
+        asked = _asked(rule, modality, sign)
+        said += text.format(rule.answer(modality, sign))
+        found += [asked[i] for i in rng.permutation(len(asked))[:2]]
+    return said, [found[i] for i in rng.permutation(len(found))]

@@ -19,6 +19,7 @@ from medmoe_jax.data.phantom.balance import select
 from medmoe_jax.data.phantom.questions import CAPTION_PROMPTS, caption, questions
 from medmoe_jax.data.phantom.render import SPLITS, draw_facts, draw_image
 from medmoe_jax.data.phantom.signs import questions as sign_questions
+from medmoe_jax.data.phantom.signs import random_signs
 
 CHUNK = 40  # images a task of the process pool
 FEWEST = 8  # images of a part: two of every modality
@@ -199,18 +200,26 @@ def texts(seed: int, n: int, signs: bool = False) -> Iterator[str]:
         yield f"{prompt.removeprefix('<image>').lstrip()} {answer}"
 
 
-def readings(seed: int, n: int, rounds: int) -> Iterator[list[tuple[str, str]]]:
+def readings(
+    seed: int, n: int, rounds: int, signs: bool = False
+) -> Iterator[list[tuple[str, str]]]:
     """Conversations about the captions of `n` studies that are in no file: about `rounds` questions
     with their answers, balanced, the caption before the first of them.
 
-    Meant for training a small language model to read; needs no rendering.
+    Meant for training a small language model to read; needs no rendering. With `signs`, every
+    second caption also says a diagnosis and a next step, and the questions of `signs.py` are asked
+    about them: these are drawn at random, so the words are met and no rule is.
     """
     studies = [draw_facts(seed, UNSEEN, index) for index in range(n)]
     rng = np.random.default_rng([seed, n, rounds])
-    for facts, chosen in zip(
-        studies, select([questions(f) for f in studies], n * rounds, rng), strict=True
-    ):
-        turns = [(question.text, question.answer) for question in chosen]
+    chosen = select([questions(f) for f in studies], n * rounds, rng)
+    for number, (facts, asked) in enumerate(zip(studies, chosen, strict=True)):
+        turns = [(question.text, question.answer) for question in asked]
+        told = caption(facts)
+        if signs and number % 2:
+            said, random = random_signs(rng)
+            told += said
+            turns = [(q.text, q.answer) for q in random] + turns
         if turns:
-            turns[0] = (f"{caption(facts)}\n{turns[0][0]}", turns[0][1])
+            turns[0] = (f"{told}\n{turns[0][0]}", turns[0][1])
             yield turns
