@@ -6,12 +6,14 @@ import dataclasses
 import json
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny_runs
 
+from medmoe_jax import distributed
 from medmoe_jax.config import ConfigError, MoeConfig, RunConfig
 from medmoe_jax.experiments import __main__ as main
 from medmoe_jax.experiments import answers, costs, paper, report
@@ -226,3 +228,16 @@ def test_a_failed_cell_fails_what_needs_it_alone(tmp_path: Path):
     wrong = main.work(every(leaves), Store(tmp_path), 0)
     assert wrong == {"bad": "no good", "child": "it needs bad, which failed"}
     assert log == ["base", "other"]
+
+
+def test_asked_to_end_it_says_so_in_its_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def stopped(*_: object) -> int:
+        raise distributed.Preempted("SIGTERM: stopped behind step 3 of 9")
+
+    given = SimpleNamespace(
+        workdir=str(tmp_path), seeds=1, jobs=1, worker=0, config=StudyConfig(compilation_cache="-")
+    )
+    monkeypatch.setattr(main, "run", stopped)
+    monkeypatch.setattr(main.flags, "FLAGS", given)
+    monkeypatch.setattr(main.compilation, "keep", lambda _: None)
+    assert main.main(["experiments", "table4"]) == distributed.PREEMPTED

@@ -18,7 +18,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from medmoe_jax import checkpoint, compilation
+from medmoe_jax import checkpoint, compilation, distributed
 from medmoe_jax.config import ConfigError
 from medmoe_jax.convert.report import ConversionError
 from medmoe_jax.data import problems
@@ -169,6 +169,9 @@ def main(argv: list[str]) -> int:
         if not given.worker and any((workdir / report.FOLDER).glob("*.json")):
             print(report.write_page(workdir, list(EXPERIMENTS)))
         return status
+    except distributed.Preempted as reason:
+        print(reason)
+        return distributed.PREEMPTED
     except FAULTS as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
