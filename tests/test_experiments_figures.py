@@ -143,7 +143,7 @@ def test_number_of_labels(tmp_path: Path) -> None:
     assert verdicts["200 labels of a modality are better than 50 (image tokens)"] == 1
     assert verdicts["200 labels of a modality are better than 100 (image tokens)"] == 0
     phases = {cell.parents[0].spec["run"]["optim"]["steps"] for cell in figure.cells(study)}
-    assert phases == {75}, "all routers train for as many steps"
+    assert phases == {50}, "all routers train for as many steps"
 
 
 def test_tokens_of_the_experts(tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ def test_files_do_not_depend_on_the_number_of_processes(tmp_path: Path):
     for workers in (1, 2):
         phantom.write(tmp_path / str(workers), train=48, test=8, size=56, workers=workers)
     files = sorted(p.relative_to(tmp_path / "1") for p in (tmp_path / "1").rglob("*.*"))
-    assert len(files) == 56 + 10
+    assert len(files) == 56 + 11
     for file in files:
         assert (tmp_path / "1" / file).read_bytes() == (tmp_path / "2" / file).read_bytes(), file
 
