@@ -7,8 +7,7 @@
 
 A folder of adapters (`lora`) looks the same, but its `params/` holds the adapters alone (and a
 router that came from elsewhere), and its `config.json` names the model that they belong to
-(`Delta`). It is read as that model with the
-adapters in its weights.
+(`Delta`). It is read as that model with the adapters in its weights.
 
 `config.json` is written last, so a folder without it is an interrupted write and is not read. The
 state of a running training (optimiser, data iterator) is not kept here.

@@ -58,7 +58,8 @@ def to_peft(src: str | Path, dst: str | Path) -> Report:
     meta = read_meta(src)
     if meta.delta is None:
         raise ConversionError(f"{src} holds no adapters; `to-torch` converts a whole model")
-    leaves, settings = flatten(read_params(src)), meta.delta.lora
+    params, settings = read_params(src), meta.delta.lora
+    leaves = flatten(params)
     rows = [row for row in _modules(meta.model) if _beside(row, lora.A) in leaves]
     tensors = [
         _tensor(leaves[_beside(row, name)][row.index], f"{PREFIX}{_module(row)}.{theirs}")
@@ -83,7 +84,7 @@ def to_peft(src: str | Path, dst: str | Path) -> Report:
     (dst / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     report = Report(f"to-peft {src} -> {dst}", stage=meta.stage, converted=len(tensors))
     report.parameters = {"adapters": sum(math.prod(tensor.shape) for tensor in tensors)}
-    if "router" in read_params(src):
+    if "router" in params:
         report.notes.append("the router is not part of it: `lora base` writes it with its model")
     return report
 

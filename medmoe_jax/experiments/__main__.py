@@ -3,7 +3,8 @@ configs/experiments.py:tiny --seeds 3 --workdir DIR`.
 
 NAME is a table or figure, a control, or `all`; `report` puts everything run so far into one page.
 Results are in DIR/results, the work in DIR/cells: what is finished is not done again, so a killed
-run goes on with the same command. Exit status: 0, or 1 if an experiment failed.
+run goes on with the same command. Exit status: 0, 1 if an experiment failed, or 75 if it was asked
+to end (SIGTERM).
 """
 
 from __future__ import annotations
@@ -54,12 +55,8 @@ def in_turn(study: Study, names: list[str], worker: int) -> list[Cell]:
     """The cells of the experiments and all they need, parents first, seed by seed; every second
     worker begins with the last seed."""
     seeds = study.seeds if worker % 2 == 0 else tuple(reversed(study.seeds))
-    found = []
-    for seed in seeds:
-        single = Study(study.cfg, 1)
-        single.seeds = (seed,)
-        found += [cell for name in names for cell in EXPERIMENTS[name].cells(single)]
-    return every(found)
+    parts = [study.of_seed(seed) for seed in seeds]
+    return every([c for part in parts for name in names for c in EXPERIMENTS[name].cells(part)])
 
 
 def work(cells: list[Cell], store: Store, worker: int) -> dict[str, str]:

@@ -7,6 +7,7 @@ that phase 1 starts from are the same for all seeds.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -46,6 +47,12 @@ class Study:
     def __init__(self, cfg: StudyConfig, seeds: int) -> None:
         self.cfg, self.seeds = cfg, tuple(range(seeds))
         self.phantoms = not cfg.files.tune
+
+    def of_seed(self, seed: int) -> Study:
+        """The part of the study that belongs to one seed."""
+        part = copy.copy(self)
+        part.seeds = (seed,)
+        return part
 
     # --- data ---
 
