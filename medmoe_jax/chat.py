@@ -144,16 +144,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model-path", type=Path, required=True, help="a model folder or a PyTorch folder")
+    loaded.add_flags(parser)
     add("--image", action="append", default=[], help="shown with the first question; repeatable")
-    add("--conv-mode", default="", help="phi or stablelm; default: the model's")
     add("--temperature", type=float, default=0.0, help="0 = the likeliest answer")
     add("--top-p", type=float, default=1.0)
     add("--max-new-tokens", type=int, default=256)
     add("--seed", type=int, default=0)
-    add("--bits", type=int, choices=(0, 4, 8), default=0, help="size of the weights; 0 = as saved")
     add("--mesh", type=loaded.mesh_sizes, help="DATA,FSDP,EXPERT devices, as 1,2,4; default: one")
-    add("--dtype", default="", help="default: float32 on a CPU, bfloat16 elsewhere")
     flags.add_view(parser)
     args = parser.parse_args()
     print(NOTICE, flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import jax
@@ -9,6 +10,12 @@ import jax
 from medmoe_jax.config import ConfigError
 
 SHORTEST = 0.2  # seconds; what compiles faster is not worth a file
+
+
+def add_flag(parser: argparse.ArgumentParser) -> None:
+    """Adds --compilation-cache, the folder that `keep` is given."""
+    cache = "folder that keeps compiled programs between runs"
+    parser.add_argument("--compilation-cache", default="", metavar="DIR", help=cache)
 
 
 def keep(folder: str) -> None:

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,15 @@ class Model(Responder):
             return [[] for _ in rows]
         state, _ = self.read(rows, room=1)
         return self._score_options(rows, state)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds what every command that loads a model takes."""
+    add = parser.add_argument
+    add("--model-path", type=Path, required=True, help="a model folder or a PyTorch folder")
+    add("--conv-mode", default="", help="phi or stablelm; default: the model's")
+    add("--bits", type=int, choices=(0, 4, 8), default=0, help="size of the weights; 0 = as saved")
+    add("--dtype", default="", help="default: float32 on a CPU, bfloat16 elsewhere")
 
 
 def mesh_sizes(text: str) -> MeshConfig:

@@ -267,11 +267,10 @@ def arguments() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description="Answers a file of questions about images.")
     add = parser.add_argument
-    add("--model-path", type=Path, required=True, help="a model folder or a PyTorch folder")
+    loaded.add_flags(parser)
     add("--question-file", type=Path, required=True, help="JSON or JSONL")
     add("--image-folder", type=Path, required=True)
     add("--answers-file", type=Path, required=True, help="JSONL to write")
-    add("--conv-mode", default="", help="phi or stablelm; default: the model's")
     add("--temperature", type=float, default=0.0, help="0 = the likeliest answer")
     add("--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0 = all")
     add("--top-p", type=float, default=1.0, help="draw from the tokens that reach this probability")
@@ -291,11 +290,8 @@ def arguments() -> argparse.ArgumentParser:
         help="what is shown instead of the image",
     )
     add("--score-options", action="store_true", help="weigh the options of rows that have them")
-    add("--bits", type=int, choices=(0, 4, 8), default=0, help="size of the weights; 0 = as saved")
     add("--mesh", type=loaded.mesh_sizes, help="DATA,FSDP,EXPERT devices, as 1,2,4; default: one")
-    add("--dtype", default="", help="default: float32 on a CPU, bfloat16 elsewhere")
-    cache = "folder that keeps compiled programs between runs"
-    add("--compilation-cache", default="", metavar="DIR", help=cache)
+    compilation.add_flag(parser)
     flags.add_view(parser)
     return parser
 

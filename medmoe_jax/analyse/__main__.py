@@ -234,7 +234,7 @@ def arguments() -> argparse.ArgumentParser:
         description="Which experts speak, what the router thinks, what an answer depends on.",
     )
     add = parser.add_argument
-    add("--model-path", type=Path, required=True, help="a model folder or a PyTorch folder")
+    loaded.add_flags(parser)
     add("--data", default="", help="rows with answers: manifest.jsonl, JSON, or a record folder")
     add("--image-folder", default="", help="default: `images` beside the data")
     add("--out", type=Path, help="folder for analysis.json, analysis.md and figures")
@@ -254,13 +254,9 @@ def arguments() -> argparse.ArgumentParser:
     add("--draws", type=int, default=Settings.draws, help="random orders of hiding patches")
     add("--faithfulness", type=int, default=0, metavar="N", help="test the overlays of N questions")
     add("--seed", type=int, default=0, help="of everything that is drawn")
-    add("--conv-mode", default="", help="phi or stablelm; default: the model's")
-    add("--dtype", default="", help="default: float32 on a CPU, bfloat16 elsewhere")
     add("--image-aspect", choices=("pad", "square"), default="pad")
-    add("--bits", type=int, choices=(0, 4, 8), default=0, help="size of the weights; 0 = as saved")
     add("--on-error", choices=("error", "skip"), default="error", help="what a bad row does")
-    cache = "folder that keeps compiled programs between runs"
-    add("--compilation-cache", default="", metavar="DIR", help=cache)
+    compilation.add_flag(parser)
     flags.add_view(parser)
     return parser
 
