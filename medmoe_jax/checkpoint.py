@@ -216,19 +216,31 @@ def _read_delta(data: dict[str, Any], folder: Path) -> Delta:
     return Delta(str(base), data["fingerprint"], data["upcycle"], LoraConfig(**settings))
 
 
-def open_model(folder: str | os.PathLike[str]) -> tuple[dict[str, Any], ModelMeta]:
+def open_model(
+    folder: str | os.PathLike[str], base: str | os.PathLike[str] | None = None
+) -> tuple[dict[str, Any], ModelMeta]:
     """Opens a model folder without reading its parameters.
+
+    Args:
+      folder: of a model, or of adapters, which stand in the weights they belong to.
+      base: with adapters, the model folder that they belong to, where it is elsewhere now.
 
     Returns:
       The parameters, a nested dict of `Stored` leaves in the dtypes they were saved in, and the
-      meta data. A folder of adapters is read as `load_model` does it: their model is checked as a
-      whole.
+      meta data, in which `delta` is None. Of adapters all is read once, a piece at a time: is the
+      model theirs?
 
     Raises:
-      CheckpointError: as in `load_model`; damage inside a leaf is found when it is read.
+      CheckpointError: not a complete model folder, or adapters without the model they belong to;
+        damage inside a leaf is found when it is read.
     """
-    meta = read_meta(folder)
-    return load_model(folder) if meta.delta else (_open_params(folder), meta)
+    meta, params = read_meta(folder), _open_params(folder)
+    if meta.delta is None:
+        if base is not None:
+            raise CheckpointError(f"{folder} is a whole model; there is no base to it")
+        return params, meta
+    both = lora.joined(open_base(folder, base), {"llm": params["llm"]})
+    return lora.merge(both, meta.delta.lora.scale), dataclasses.replace(meta, delta=None)
 
 
 def _open_params(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -249,34 +261,16 @@ def _open_params(folder: str | os.PathLike[str]) -> dict[str, Any]:
 def load_model(
     folder: str | os.PathLike[str], base: str | os.PathLike[str] | None = None
 ) -> tuple[dict[str, Any], ModelMeta]:
-    """Reads a model folder into host memory.
-
-    Args:
-      folder: of a model, or of adapters, which are put into the weights they belong to.
-      base: with adapters, the model folder that they belong to, where it is elsewhere now.
-
-    Returns:
-      The parameters, a nested dict of numpy arrays in the dtypes they were saved in, and the meta
-      data, in which `delta` is None.
-
-    Raises:
-      CheckpointError: not a complete model folder, or adapters without the model they belong to.
-    """
-    params, meta = read_params(folder), read_meta(folder)
-    if meta.delta is None:
-        if base is not None:
-            raise CheckpointError(f"{folder} is a whole model; there is no base to it")
-        return params, meta
-    whole = load_base(folder, base)
-    merged = lora.merge(lora.joined(whole, {"llm": params["llm"]}), meta.delta.lora.scale)
-    return merged, dataclasses.replace(meta, delta=None)
+    """Reads a model folder into host memory: numpy arrays. Else as `open_model`."""
+    params, meta = open_model(folder, base)
+    return jax.tree.map(np.asarray, params), meta
 
 
-def load_base(
+def open_base(
     folder: str | os.PathLike[str], base: str | os.PathLike[str] | None = None
 ) -> dict[str, Any]:
     """The parameters that the adapters in `folder` stand beside. Arguments and errors as in
-    `load_model`."""
+    `open_model`."""
     meta = read_meta(folder)
     if meta.delta is None:
         raise CheckpointError(f"{folder} is a whole model; there is no base to it")
@@ -286,7 +280,7 @@ def load_base(
             f"{folder} holds adapters for the model {where}, which is not there; put it back, or "
             "name its folder: `python -m medmoe_jax.lora merge ADAPTERS OUT --base FOLDER`"
         )
-    params, found = load_model(where)
+    params, found = open_model(where)
     if lora.fingerprint(params) != meta.delta.fingerprint:
         raise CheckpointError(
             f"{where} is not the model that the adapters in {folder} were trained on: its weights "
@@ -294,7 +288,7 @@ def load_base(
             "`python -m medmoe_jax.lora merge`"
         )
     if meta.model.moe and not found.model.moe:
-        router = (params | read_params(folder))["router"]
+        router = jax.tree.map(np.asarray, (params | _open_params(folder))["router"])
         params, _ = upcycle(params, found.model, meta.model.moe, router, meta.delta.upcycle)
     return params
 

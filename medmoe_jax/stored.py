@@ -57,7 +57,7 @@ class Stored:
 
     def __mul__(self, factor: Any) -> Stored:
         """The same numbers times another one, in their own dtype."""
-        return Stored(self._path, self._store, factor)
+        return Stored(self._path, self._store, self._times(factor))
 
     def repeated(self, times: int) -> Stored:
         """[N, ...] -> [N, times, ...]; read once where one of them is read."""
@@ -69,6 +69,13 @@ class Stored:
         Raises:
           CheckpointError: a file is missing or damaged.
         """
+        found = self._read()
+        if self._factor is not None:
+            found *= np.asarray(self._factor, self.dtype)
+        return found if dtype is None else found.astype(dtype, copy=False)
+
+    def _read(self) -> np.ndarray:
+        """The numbers as they are on disk, an array of their own."""
         found = np.empty(self.shape, self.dtype)
         try:
             for piece in pieces(self.shape, self.dtype.itemsize, self._chunk(), PIECE_BYTES):
@@ -77,9 +84,11 @@ class Stored:
             raise CheckpointError(
                 f"{self._path} cannot be read ({error}); copy the whole model folder again"
             ) from error
-        if self._factor is not None:
-            found *= np.asarray(self._factor, self.dtype)
-        return found if dtype is None else found.astype(dtype, copy=False)
+        return found
+
+    def _times(self, factor: Any) -> Any:
+        """What the numbers are multiplied by when that has another factor."""
+        return factor if self._factor is None else self._factor * factor
 
     def _chunk(self) -> tuple[int, ...]:
         """Numbers along each axis that one file holds."""
@@ -98,6 +107,12 @@ def open_leaf(path: Path) -> Stored:
         "fill_missing_data_reads": False,  # a chunk that was lost is an error, not zeros
     }
     return Stored(path, tensorstore.open(spec, open=True, read=True).result())
+
+
+def in_order(leaf: Any) -> Iterator[np.ndarray]:
+    """The numbers of an array or a leaf on disk in C order, in parts of PIECE_BYTES at most."""
+    for piece in pieces(leaf.shape, leaf.dtype.itemsize, [1] * leaf.ndim, PIECE_BYTES):
+        yield np.ascontiguousarray(leaf[piece]).reshape(-1)
 
 
 def pieces(

@@ -18,7 +18,8 @@ PACKAGE = "medmoe_jax"
 # not listed sits above and may import everything but the entry points.
 ALLOWED = {
     r"config|hardware|losses|metrics|stored|models\.quantized": r"",
-    r"sharding|distributed|compilation|optim|presets|lora|sampling": r"config",
+    r"sharding|distributed|compilation|optim|presets|sampling": r"config",
+    r"lora(\.merged)?": r"config|stored|lora\.merged",
     r"upcycle": r"config|stored",
     r"checkpoint": r"config|lora|stored|upcycle",
     r"models\.layers": r"models\.quantized",
@@ -35,7 +36,7 @@ ALLOWED = {
     r"convert\.check": r"config|checkpoint|convert\..*|data\..*|models\..*|generate|losses"
     r"|sampling",
     r"convert\.peft": r"config|checkpoint|lora|convert\..*",
-    r"convert(\..*)?": r"config|checkpoint|convert(\..*)?",
+    r"convert(\..*)?": r"config|checkpoint|stored|convert(\..*)?",
     r"provenance": r"config|data\.sources",
     r"router|step|info": r"config|losses|lora|optim|sharding|models\..*",
     r"flops": r"config|optim",

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from medmoe_jax import lora
-from medmoe_jax.checkpoint import Delta, load_model, read_json, read_meta, read_params, save_model
+from medmoe_jax.checkpoint import Delta, open_model, read_json, read_meta, read_params, save_model
 from medmoe_jax.config import LoraConfig, ModelConfig
 from medmoe_jax.convert.report import ConversionError, Report, raise_all
 from medmoe_jax.convert.table import Row, table
@@ -119,7 +119,7 @@ def from_peft(src: str | Path, dst: str | Path, base: str | Path) -> Report:
     leaves, empty = _read_leaves(weights, meta.model, settings.rank, str(file))
     paths = [path.rpartition("/")[0] + "/kernel" for path in leaves]
     kinds = [name for name in lora.TARGETS if any(lora.is_target(name, path) for path in paths)]
-    known = lora.fingerprint(load_model(base)[0])
+    known = lora.fingerprint(open_model(base)[0])
     chosen = dataclasses.replace(settings, targets=tuple(kinds))
     delta = Delta(str(base.absolute()), known, "paper", chosen)
     line = f"LoRA of rank {settings.rank} from the peft folder {src.name}"

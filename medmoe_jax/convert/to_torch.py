@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from medmoe_jax.checkpoint import ModelMeta, load_model
+from medmoe_jax.checkpoint import ModelMeta, open_model
 from medmoe_jax.convert.export_configs import (
     clip_config,
     official_config,
@@ -41,6 +41,7 @@ from medmoe_jax.convert.torch_output import (
     write_safetensors,
     write_sharded,
 )
+from medmoe_jax.stored import Stored
 
 SHARD_BYTES = 2**30  # largest file of weights, a single larger tensor aside
 LAYOUTS = ("official", "hf")
@@ -77,7 +78,7 @@ def to_torch(
     """
     src, dst = Path(src), Path(dst)
     check_empty(dst)
-    params, meta = load_model(src)
+    params, meta = open_model(src)
     export = _Export(flatten(params), meta, dtype)
     parts = [part for part in PARTS if part in params]
     layout = layout or ("official" if len(parts) == len(PARTS) else "hf")
@@ -116,7 +117,7 @@ def to_torch(
 class _Export:
     """Where tensors come from: leaves by path, meta data, and the dtype asked for (None: own)."""
 
-    leaves: dict[str, np.ndarray]
+    leaves: dict[str, Stored]  # read tensor by tensor
     meta: ModelMeta
     dtype: str | None
 
@@ -127,7 +128,7 @@ class _Export:
         return NewTensor(key, dtype, row.shape, lambda: self._array(row, dtype))
 
     def _array(self, row: Row, dtype: str) -> np.ndarray:
-        array = row.to_torch(self.leaves[row.path][row.index])
+        array = row.to_torch(np.asarray(self.leaves[row.path][row.index]))
         if array.dtype.name == dtype:
             return array
         with np.errstate(over="ignore"):
@@ -155,7 +156,7 @@ def _router_rows(router: dict[str, Any]) -> list[Row]:
     return router_table(width, router[f"fc{len(router)}"]["kernel"].shape[1], len(router))
 
 
-def _check_leaves(leaves: dict[str, np.ndarray], rows: Sequence[Row], src: Path) -> None:
+def _check_leaves(leaves: dict[str, Stored], rows: Sequence[Row], src: Path) -> None:
     """Raises ConversionError where the tree is not the one that the configuration describes."""
     shapes = leaf_shapes(rows)
     problems = []

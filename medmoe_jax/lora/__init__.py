@@ -24,7 +24,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from medmoe_jax import stored
 from medmoe_jax.config import ConfigError, LoraConfig, RunConfig
+from medmoe_jax.lora import merged
+from medmoe_jax.lora.merged import Merged
+from medmoe_jax.stored import Stored
 
 A, B, DROPOUT = "lora_a", "lora_b", "dropout"
 # What can have adapters -> paths of its kernels.
@@ -156,8 +160,8 @@ def merge(tree: Any, scale: float) -> Any:
     """W + scale A B in place of every kernel that has an adapter, in its dtype.
 
     Args:
-      tree: parameters, stacked or from `decoder.unstack`; host arrays give host arrays, and take no
-        more memory than the new kernels and one matrix.
+      tree: parameters, stacked or from `decoder.unstack`. Host arrays give new ones; kernels on
+        disk (`stored.Stored`) are read and added to when they are wanted.
       scale: see `LoraConfig.scale`.
     """
     if isinstance(tree, tuple) and not hasattr(tree, "_fields"):
@@ -167,21 +171,19 @@ def merge(tree: Any, scale: float) -> Any:
     rest = {k: merge(v, scale) for k, v in tree.items() if k not in (A, B)}
     if A not in tree:
         return rest
-    add = _add_on_host if isinstance(tree["kernel"], np.ndarray) else _add
-    return rest | {"kernel": add(tree["kernel"], tree[A], tree[B], scale)}
+    kernel = tree["kernel"]
+    if isinstance(kernel, Stored):
+        return rest | {"kernel": Merged(kernel, np.asarray(tree[A]), np.asarray(tree[B]), scale)}
+    if isinstance(kernel, np.ndarray):
+        whole = kernel.copy()
+        merged.add(whole, tree[A], tree[B], scale)
+        return rest | {"kernel": whole}
+    return rest | {"kernel": _add(kernel, tree[A], tree[B], scale)}
 
 
 def _add(kernel: Any, a: Any, b: Any, scale: float) -> jax.Array:
     product = jnp.matmul(a, b, precision="highest")
     return (kernel.astype(jnp.float32) + scale * product).astype(kernel.dtype)
-
-
-def _add_on_host(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float) -> np.ndarray:
-    whole = np.empty(kernel.shape, kernel.dtype)
-    for at in np.ndindex(*kernel.shape[:-2]):
-        product = np.float32(scale) * (a[at] @ b[at])
-        whole[at] = (kernel[at].astype(np.float32) + product).astype(kernel.dtype)
-    return whole
 
 
 def joined(whole: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, Any]:
@@ -193,15 +195,16 @@ def joined(whole: Mapping[str, Any], part: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fingerprint(params: Mapping[str, Any]) -> str:
-    """A hash of the names, dtypes, shapes and numbers of a tree of host arrays."""
+    """A hash of the names, dtypes, shapes and numbers of a tree of host arrays, or of leaves on
+    disk, which are read piece by piece."""
 
-    def one(item: tuple[Any, np.ndarray]) -> bytes:
+    def one(item: tuple[Any, Any]) -> bytes:
         path, leaf = item
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        numbers = np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
         head = f"{name} {leaf.dtype} {leaf.shape} ".encode()
         found = hashlib.blake2b(head, digest_size=16)
-        found.update(numbers.data)
+        for numbers in stored.in_order(leaf):
+            found.update(numbers.view(np.uint8).data)
         return found.digest()
 
     leaves = jax.tree_util.tree_leaves_with_path(dict(params))

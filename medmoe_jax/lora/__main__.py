@@ -45,10 +45,10 @@ def write(command: str, adapters: str, out: str, base: str | None) -> None:
     if Path(out).exists():
         raise checkpoint.CheckpointError(f"{out} exists already; name another folder")
     if command == "merge":
-        params, _ = checkpoint.load_model(adapters, base)
+        params, _ = checkpoint.open_model(adapters, base)
         line = f"merged from {adapters}"
     else:
-        params = checkpoint.load_base(adapters, base)
+        params = checkpoint.open_base(adapters, base)
         line = f"the model that the adapters {adapters} were trained beside"
     history = [*meta.history, line]
     whole = dataclasses.replace(meta, history=history, delta=None)
