@@ -104,10 +104,10 @@ def update(
 
 
 def norm(tree: Any) -> jax.Array:
-    """f32[]: the Euclidean norm of all numbers of a tree."""
+    """f32[]: the Euclidean norm of all numbers of a tree, added up in float32."""
 
     def squares(a: jax.Array) -> jax.Array:
-        return jnp.square(a).sum()
+        return jnp.square(a.astype(jnp.float32)).sum()
 
     def by_slice(a: jax.Array) -> jax.Array:
         # XLA's CPU backend writes all squares to memory before it adds them up.

@@ -15,7 +15,7 @@ from flax.traverse_util import unflatten_dict
 
 from medmoe_jax import lora, losses, optim
 from medmoe_jax.config import ConfigError, ModelConfig, RunConfig
-from medmoe_jax.models import medmoe
+from medmoe_jax.models import layers, medmoe
 
 Array = jax.Array
 Flat = dict[str, Any]
@@ -105,6 +105,22 @@ def dealt(x: Array, parts: int) -> Array:
     return x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1)
 
 
+def differentiated(cfg: RunConfig, train: Flat) -> Flat:
+    """What gradients are taken by: the parameters that train, and in place of the decoder's
+    matrices their shadows (`layers.Master`) where the run computes in bfloat16."""
+    dtype = jnp.dtype(cfg.compute_dtype)
+    if dtype != jnp.bfloat16:
+        return train
+    return {k: jnp.zeros(v.shape, dtype) if lora.is_matrix(k) else v for k, v in train.items()}
+
+
+def joined(flat: Flat, by: Flat) -> Flat:
+    """All parameters `flat` as the model takes them, with `by` of `differentiated` in them."""
+    return flat | {
+        k: v if v.dtype == flat[k].dtype else layers.Master(flat[k], v) for k, v in by.items()
+    }
+
+
 def make_step(
     cfg: RunConfig,
     model: ModelConfig,
@@ -126,9 +142,9 @@ def make_step(
     coef = model.moe.aux_coef if model.moe else 0.0
 
     def micro(
-        train: Flat, frozen: Flat, batch: dict[str, Array], key: Array | None
+        given: Flat, flat: Flat, batch: dict[str, Array], key: Array | None
     ) -> tuple[Array, Loss]:
-        loss = forward_loss(cfg, model, train | frozen, batch, key)
+        loss = forward_loss(cfg, model, joined(flat, given), batch, key)
         return loss.rows.sum() + coef * loss.aux * loss.counts.sum(), loss
 
     def step(state: State, frozen: Flat, batch: dict[str, Array]) -> tuple[State, dict[str, Array]]:
@@ -136,7 +152,8 @@ def make_step(
         keys = jax.random.split(jax.random.fold_in(jax.random.key(cfg.seed), state.step), parts)
 
         def gradient(part: dict[str, Array], key: Array) -> tuple[Flat, Loss]:
-            return jax.grad(micro, has_aux=True)(state.train, frozen, part, key)
+            by = differentiated(cfg, state.train)
+            return jax.grad(micro, has_aux=True)(by, state.train | frozen, part, key)
 
         def accumulate(grads: Flat, piece: tuple[dict[str, Array], Array]) -> tuple[Flat, Loss]:
             new, loss = gradient(*piece)
@@ -152,7 +169,7 @@ def make_step(
         count = jnp.maximum(loss.counts.sum(), 1)
         # Of the sums: the means are never held on their own, they go into the update.
         norm = optim.norm(grads) / count
-        grads = jax.tree.map(lambda g: g / count, grads)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32) / count, grads)
         train, opt = optim.update(tx, grads, state.opt, state.train, frozen)
         ce = loss.rows.sum() / count
         aux = (loss.aux * loss.counts.sum(-1)).sum() / count

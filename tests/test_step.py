@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -15,9 +16,10 @@ import pytest
 import small_models
 from flax.traverse_util import flatten_dict
 
-from medmoe_jax import optim, step
+from medmoe_jax import lora, optim, step
 from medmoe_jax.config import ConfigError, ModelConfig, MoeConfig, OptimConfig, RunConfig
 from medmoe_jax.convert import table
+from medmoe_jax.models import layers
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -206,6 +208,70 @@ def test_noise_is_new_at_every_step(batch: Any) -> None:
     assert abs(float(first["loss"]) - float(second["loss"])) > 1e-3
     _, again, _ = start(run, small_models.params(model))
     assert float(one(again, frozen, batch)[1]["loss"]) == float(first["loss"])
+
+
+HALF = {"compute_dtype": "bfloat16", "remat": "full"}
+
+
+def test_a_gradient_in_16_bits_is_the_one_in_32() -> None:
+    """Bit for bit: it was computed in 16 bits and stored in 32."""
+    rng = np.random.default_rng(0)
+    weight = jnp.asarray(rng.normal(size=(3, 8, 8)).astype(np.float32))
+    x = jnp.asarray(rng.normal(size=(5, 8)), jnp.bfloat16)
+
+    def loss(kernels: Any) -> Any:
+        def layer(x: Any, kernel: Any) -> tuple[Any, None]:
+            return jnp.tanh(x @ layers.cast(kernel, x.dtype)), None
+
+        return jax.lax.scan(layer, x, kernels)[0].astype(jnp.float32).sum()
+
+    want = jax.grad(loss)(weight)
+    shadow = jnp.zeros(weight.shape, jnp.bfloat16)
+    have = jax.grad(lambda shadow: loss(layers.Master(weight, shadow)))(shadow)
+    assert have.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(have.astype(jnp.float32), want)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_every_gradient_of_a_step_in_16_bits(params: Any, batch: Any, accumulate: int) -> None:
+    """Beside those of the loss, in another program, which rounds elsewhere: numbers of 16 bits are
+    right to one part in 256."""
+    cfg = dataclasses.replace(SGD, accumulate=accumulate)
+    run = run_config(MODEL, ("llm/.*", "projector/.*"), optim=cfg, **HALF)
+    tx, state, frozen = start(run, params)
+    flat = state.train | frozen
+
+    def loss(train: dict[str, Any]) -> Any:
+        return step.forward_loss(run, MODEL, flat | train, batch).rows.sum()
+
+    count = (batch["labels"] != -100).sum()
+    want = {k: v / count for k, v in jax.jit(jax.grad(loss))(state.train).items()}
+    state, metrics = step.make_step(run, MODEL, tx)(state, frozen, batch)
+    have = first_moment(state)
+    assert have.keys() == want.keys()
+    for path in filter(lora.is_matrix, want):
+        error = jnp.linalg.norm(have[path] / 0.1 - want[path]) / jnp.linalg.norm(want[path])
+        assert error < 2**-7, path
+    norm = np.sqrt(sum(float(jnp.square(value).sum()) for value in want.values()))
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-2)
+
+
+def test_no_gradient_of_all_layers_is_in_32_bits(params: Any, batch: Any) -> None:
+    run = run_config(MODEL, ("llm/moe/(experts|meta)/.*",), **HALF)
+    tx, state, frozen = start(run, params)
+    shapes = {v.shape for k, v in state.train.items() if k.endswith("/kernel")}
+    found = set()
+
+    def look(jaxpr: Any) -> None:
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "scan":
+                found.update((v.aval.shape, v.aval.dtype.name) for v in eqn.outvars)
+            for sub in jax.extend.core.jaxprs_in_params(eqn.params):
+                look(sub)
+
+    look(jax.make_jaxpr(step.make_step(run, MODEL, tx))(state, frozen, batch).jaxpr)
+    for shape in shapes:
+        assert (shape, "bfloat16") in found and (shape, "float32") not in found
 
 
 def test_router_phase_trains_the_router_alone(params: Any, batch: Any) -> None:

@@ -53,6 +53,11 @@ def is_target(name: str, path: str) -> bool:
     return re.fullmatch(TARGETS[name], path) is not None
 
 
+def is_matrix(path: str) -> bool:
+    """Whether a parameter is a kernel of any kind of TARGETS: the decoder's, routers excepted."""
+    return any(is_target(name, path) for name in TARGETS)
+
+
 def check(cfg: LoraConfig) -> None:
     """Raises ConfigError on a setting that cannot work."""
     unknown = [name for name in cfg.targets if name not in TARGETS]

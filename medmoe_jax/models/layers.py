@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +66,18 @@ def linear_leaves(
     return leaves
 
 
+class Master(NamedTuple):
+    """A kernel that trains in float32 and is used in 16 bits, for `cast`.
+
+    Its gradient comes in 16 bits, in which it is computed anyway; in float32 the gradients of all
+    layers would take twice the memory. So `shadow` is what a derivative is taken by: what has the
+    gradient of the weight in the dtype that it is used in.
+    """
+
+    weight: Array  # f32[...]
+    shadow: Array  # of the same shape; its numbers are never read
+
+
 def cast(kernel: Any, dtype: Any) -> Any:
     """A kernel in `dtype`, or a quantized one as it is; for weights in a scan over layers.
 
@@ -75,6 +87,8 @@ def cast(kernel: Any, dtype: Any) -> Any:
     """
     if isinstance(kernel, (quantized.Int8, quantized.Int4)):
         return kernel
+    if isinstance(kernel, Master):
+        return _of_shadow(*kernel)
     if kernel.dtype == jnp.float32 and dtype == jnp.bfloat16:
         return _rounded(kernel)
     return kernel.astype(dtype)
@@ -88,6 +102,16 @@ def _rounded(a: Array) -> Array:
 @_rounded.defjvp
 def _rounded_jvp(given: tuple[Array], change: tuple[Array]) -> tuple[Array, Array]:
     return _rounded(*given), change[0].astype(jnp.bfloat16)
+
+
+@jax.custom_jvp
+def _of_shadow(weight: Array, shadow: Array) -> Array:
+    return _rounded(weight)
+
+
+@_of_shadow.defjvp
+def _of_shadow_jvp(given: tuple[Array, Array], change: tuple[Array, Array]) -> tuple[Array, Array]:
+    return _rounded(given[0]), change[1]
 
 
 def linear(p: Params, x: Array) -> Array:
