@@ -204,6 +204,16 @@ def test_every_experiment_has_cells_and_shares_them():
             assert {pair.first, pair.second} <= set(titles[name]), name
 
 
+def test_costs_are_measured_once():
+    """Whatever the seeds and however they are shared out."""
+    study = Study(runpy.run_path(str(ROOT / "configs" / "experiments.py"))["get_config"](), 3)
+    wanted = {cell.digest for cell in EXPERIMENTS["table8"].cells(study)}
+    for worker in (0, 1):
+        cells = main.in_turn(study, ["table8"], worker)
+        assert {c.digest for c in cells if c.name.startswith("costs")} == wanted
+    assert len(wanted) == 4
+
+
 def test_names_on_the_command_line():
     assert main.chosen(["table9", "table1"]) == ["table1", "table9"]
     assert main.chosen(["all"]) == list(EXPERIMENTS)

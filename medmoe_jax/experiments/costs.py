@@ -73,7 +73,7 @@ def answering(folder: Path, file: Path, image_folder: str, new_tokens: int) -> d
 
 def cost(study: Study, llm: str, name: str) -> Cell:
     """The cell that measures one variant of phase 3 of the first seed."""
-    seed, how = study.seeds[0], study.cfg.answers
+    seed, how = study.first, study.cfg.answers
     model = study.stage3(llm, seed, name)
     run = override(study.cfg.phases(llm).stage3, variant(study.cfg, name).changes)
     spec: Json = {"kind": "costs", "new tokens": how.max_new_tokens, "batch": run.optim.batch_size}

@@ -46,6 +46,7 @@ class Study:
 
     def __init__(self, cfg: StudyConfig, seeds: int) -> None:
         self.cfg, self.seeds = cfg, tuple(range(seeds))
+        self.first = self.seeds[0]  # of the whole study: for what no seed changes
         self.phantoms = not cfg.files.tune
 
     def of_seed(self, seed: int) -> Study:
