@@ -18,6 +18,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import ml_dtypes
@@ -36,23 +39,34 @@ MARGIN = 2 * GIB
 FORMS = ("llm", "stage2", "stage3")
 
 
-def random_tensor(key: str, shape: tuple[int, ...], rng: np.random.Generator) -> NewTensor:
-    """A bfloat16 tensor of random bits, made when it is written."""
-
-    def make() -> np.ndarray:
-        return rng.integers(0, 2**16, shape, np.uint16).view(ml_dtypes.bfloat16)
-
-    return NewTensor(key, "bfloat16", shape, make)
+def generator(row: Row) -> np.random.Generator:
+    """The same for a tensor wherever it is written."""
+    return np.random.default_rng(zlib.crc32(row.key.encode()))
 
 
-def write_checkpoint(folder: Path, size: str, form: str, kind: str) -> int:
+def random_bits(row: Row) -> np.ndarray:
+    """A bfloat16 tensor of random bits."""
+    bits = generator(row).integers(0, 2**16, row.shape, np.uint16)
+    return bits.view(ml_dtypes.bfloat16)
+
+
+def write_checkpoint(
+    folder: Path,
+    size: str,
+    form: str,
+    kind: str,
+    draw: Callable[[Row], np.ndarray] = random_bits,
+) -> int:
     """Writes a checkpoint: a language model alone, or a Med-MoE folder with its CLIP folder.
+
+    One tensor at a time is in memory.
 
     Args:
       folder: where to.
       size: preset with the shapes.
       form: "llm", "stage2" or "stage3".
       kind: "safetensors" or "bin".
+      draw: makes a bfloat16 tensor.
 
     Returns:
       Bytes of its weights, those in the CLIP folder not counted.
@@ -60,9 +74,14 @@ def write_checkpoint(folder: Path, size: str, form: str, kind: str) -> int:
     model = presets.model(size, MoeConfig() if form == "stage3" else None)
     rows = table(model, ["llm"] if form == "llm" else ["vision", "projector", "llm"])
     keys, meta = {row.key for row in rows}, ModelMeta(form, model)
-    rng = np.random.default_rng(0)
-    vision = [row for row in rows if row.path.startswith("vision/")]
     folder.mkdir()
+
+    def tensors(rows: Iterable[Row], prefix: str = "") -> list[NewTensor]:
+        return [
+            NewTensor(row.key.removeprefix(prefix), "bfloat16", row.shape, partial(draw, row))
+            for row in rows
+        ]
+
     if form == "llm":
         config = plain_config(meta, keys, "bfloat16")
         if model.llm.family == "phi":  # PhiForCausalLM has a bias that Med-MoE has not
@@ -70,16 +89,16 @@ def write_checkpoint(folder: Path, size: str, form: str, kind: str) -> int:
     else:
         config = official_config(meta, keys, "bfloat16", "./clip")
         (folder / "clip").mkdir()
-        clip = [random_tensor(row.key.removeprefix(TOWER), row.shape, rng) for row in vision]
-        write_sharded(folder / "clip", clip, GIB)
+        vision = (row for row in rows if row.path.startswith("vision/"))
+        write_sharded(folder / "clip", tensors(vision, TOWER), GIB)
         (folder / "clip/config.json").write_text(json.dumps(clip_config(meta, "bfloat16")))
     (folder / "config.json").write_text(json.dumps(config))
-    tensors = [random_tensor(row.key, row.shape, rng) for row in rows]
+    every = tensors(rows)
     if kind == "bin":
-        write_pickle(folder / "pytorch_model.bin", tensors)
+        write_pickle(folder / "pytorch_model.bin", every)
     else:
-        write_sharded(folder, tensors, GIB)
-    return sum(tensor.nbytes for tensor in tensors)
+        write_sharded(folder, every, GIB)
+    return sum(tensor.nbytes for tensor in every)
 
 
 def run(*arguments: str) -> tuple[int, float]:

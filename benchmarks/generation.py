@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,74 +80,52 @@ QUICK = replace(
 )
 
 
-class Sides:
-    """Both sides with the same weights."""
+def prompts(cfg: ModelConfig, text: int, rows: int) -> dict[str, np.ndarray]:
+    """Random prompts of an image and `text` ids behind it, as `generate.read` takes them."""
+    rng, patches, edge = np.random.default_rng(0), cfg.vision.patches, cfg.vision.image_size
+    ids = rng.integers(0, cfg.llm.vocab, (rows, patches + text), np.int32)
+    place = np.full_like(ids, -1)
+    place[:, :patches] = np.arange(patches)
+    pixels = rng.integers(0, 256, (rows, 1, edge, edge, 3), np.uint8)
+    return {
+        "tokens": ids,
+        "image_pos": place,
+        "mask": np.ones_like(ids, bool),
+        "images": pixels,
+    }
 
-    def __init__(self, size: Size, folder: Path, clock: Callable[[], float]):
-        self.size, self.clock = size, clock
-        moe = MoeConfig(experts=size.experts, top_k=1, placement="sparse")
-        self.cfg = ModelConfig(vision=size.vision, llm=size.llm, moe=moe).validate()
-        make_tokenizer(phantom.texts(0, 200), folder)
-        tokenizer = tokens.load_tokenizer(folder, size.llm.family)
-        params = weights(self.cfg, tokenizer.eos_token_id)
-        self.peer = Peer.filled(self.cfg, params)
-        self.cache = "dynamic"  # the peer's faster cache, see `choose_cache`
-        ours = jax.tree.map(jnp.asarray, generate.for_generation(params, self.cfg))
-        edge = size.vision.image_size
-        spec = images.ImageSpec(resize=edge, crop=edge)
-        self.model = Model(
-            params=ours,
-            config=self.cfg,
-            tokenizer=tokenizer,
-            spec=spec,
-            template=size.llm.family,
-            dtype=jnp.dtype(jnp.float32),
-        )
 
-    def prompts(self, rows: int) -> tuple[dict[str, np.ndarray], tuple[torch.Tensor, ...]]:
-        """Random prompts of an image and text ids, as each side reads them."""
-        rng, patches = np.random.default_rng(0), self.cfg.vision.patches
-        edge = self.cfg.vision.image_size
-        ids = rng.integers(0, self.cfg.llm.vocab, (rows, patches + self.size.text), np.int32)
-        place = np.full_like(ids, -1)
-        place[:, :patches] = np.arange(patches)
-        pixels = rng.integers(0, 256, (rows, 1, edge, edge, 3), np.uint8)
-        batch = {"tokens": ids, "image_pos": place, "mask": np.ones_like(ids, bool)}
-        text = torch.from_numpy(ids[:, patches:].astype(np.int64))
-        return batch | {"images": pixels}, (text[:, :0], torch.from_numpy(pixels[:, 0]), text)
+class Ours:
+    """Generation as `predict` and `chat` do it."""
 
-    def jax_prefill(self, rows: int) -> tuple[float, generate.State]:
+    def __init__(self, model: Model, size: Size, clock: Callable[[], float]):
+        self.model, self.size, self.clock = model, size, clock
+
+    def prefill(self, rows: int) -> tuple[float, generate.State]:
         """Seconds and what was read."""
-        batch = self.prompts(rows)[0]
+        model = self.model
+        batch = prompts(model.config, self.size.text, rows)
         start = self.clock()
         state, _ = generate.read(
-            self.model.params, self.cfg, batch, dtype=jnp.float32, room=self.size.new
+            model.params, model.config, batch, dtype=model.dtype, room=self.size.new
         )
         jax.block_until_ready(state)
         return self.clock() - start, state
 
-    def torch_prefill(self, rows: int, cache: str) -> tuple[float, Any, Any]:
-        """Seconds, scores and cache."""
-        _, prompt = self.prompts(rows)
-        start = self.clock()
-        room = self.cfg.vision.patches + self.size.text + self.size.new
-        kept = self.peer.new_cache(cache, room)
-        logits = self.peer.prefill(*prompt, kept)
-        return self.clock() - start, logits, kept
-
-    def jax_decode(self, rows: int) -> tuple[float, np.ndarray]:
+    def decode(self, rows: int) -> tuple[float, np.ndarray]:
         """Seconds for all ids but the first, and all ids."""
-        _, state = self.jax_prefill(rows)
+        model = self.model
+        _, state = self.prefill(rows)
         knobs = sampling.knobs(sampling.Sampling(), range(rows))
         pairs = generate.answers(
-            self.model.params,
-            self.cfg,
+            model.params,
+            model.config,
             state,
             jnp.int32(-1),
             knobs,
             max_new=self.size.new,
             every=self.size.new,
-            dtype=jnp.float32,
+            dtype=model.dtype,
         )
         jax.block_until_ready(next(pairs))
         start = self.clock()
@@ -155,24 +133,56 @@ class Sides:
         ids = np.asarray(found.ids)
         return self.clock() - start, ids[:, : self.size.new]
 
-    def torch_decode(self, rows: int, cache: str) -> tuple[float, np.ndarray]:
-        """Seconds for all ids but the first, and all ids."""
-        _, logits, kept = self.torch_prefill(rows, cache)
-        start = self.clock()
-        ids = self.peer.decode(logits, kept, self.size.new).numpy()
-        return self.clock() - start, ids
-
-    def jax_predict(self, questions: list[str], files: list[Path]) -> tuple[float, list[Any]]:
+    def predict(self, questions: list[str], files: list[Path]) -> tuple[float, list[Any]]:
         """Seconds and the ids of every answer; eight questions at once, sorted by length."""
         how = sampling.Sampling(max_new_tokens=self.size.answer)
         start = self.clock()
         replies = self.model.generate(questions, files, how, batch_size=8)
         return self.clock() - start, [list(reply.ids) for reply in replies]
 
-    def torch_predict(self, questions: list[str], files: list[Path]) -> tuple[float, list[Any]]:
-        """Seconds and the ids of every answer; one question at a time, as the official script."""
-        model, found = self.model, []
-        end = model.tokenizer.eos_token_id
+
+class Theirs:
+    """Generation with the PyTorch peer.
+
+    On a GPU the clock must wait for it, since PyTorch does not.
+    """
+
+    def __init__(self, peer: Peer, cfg: ModelConfig, size: Size, clock: Callable[[], float]):
+        self.peer, self.cfg, self.size, self.clock = peer, cfg, size, clock
+        self.cache = CACHES[0]  # where none is named
+
+    def prefill(self, rows: int, cache: str = "") -> tuple[float, torch.Tensor, Any]:
+        """Seconds, scores and cache."""
+        batch = prompts(self.cfg, self.size.text, rows)
+        text = torch.from_numpy(batch["tokens"][:, self.cfg.vision.patches :].astype(np.int64))
+        pixels = torch.from_numpy(batch["images"][:, 0])
+        room = batch["tokens"].shape[1] + self.size.new
+        start = self.clock()
+        kept = self.peer.new_cache(cache or self.cache, room)
+        here = (part.to(self.peer.device) for part in (text[:, :0], pixels, text))
+        logits = self.peer.prefill(*here, kept)
+        return self.clock() - start, logits, kept
+
+    def decode(self, rows: int, cache: str = "") -> tuple[float, np.ndarray]:
+        """Seconds for all ids but the first, and all ids."""
+        _, logits, kept = self.prefill(rows, cache)
+        start = self.clock()
+        ids = self.peer.decode(logits, kept, self.size.new).cpu().numpy()
+        return self.clock() - start, ids
+
+    def faster_cache(self, rows: int) -> str:
+        """The KV cache that is faster at this batch size, from three runs each."""
+        best = {c: min(self.decode(rows, c)[0] for _ in range(3)) for c in CACHES}
+        return min(best, key=best.__getitem__)
+
+    def predict(
+        self, model: Model, questions: list[str], files: list[Path]
+    ) -> tuple[float, list[Any]]:
+        """Seconds and the ids of every answer; one question at a time, as the official script.
+
+        `model` has tokenizer, template and image settings.
+        """
+        found, end = [], model.tokenizer.eos_token_id
         start = self.clock()
         for question, file in zip(questions, files, strict=True):
             text = templates.prompt(model.template, question, images=1)
@@ -186,6 +196,32 @@ class Sides:
             model.tokenizer.decode(answer, skip_special_tokens=True)
             found.append(answer)
         return self.clock() - start, found
+
+
+class Sides(NamedTuple):
+    """Both sides with the same weights."""
+
+    ours: Ours
+    theirs: Theirs
+
+
+def sides(size: Size, folder: Path, clock: Callable[[], float]) -> Sides:
+    """Both sides in float32, with a tokenizer that is written to `folder`."""
+    moe = MoeConfig(experts=size.experts, top_k=1, placement="sparse")
+    cfg = ModelConfig(vision=size.vision, llm=size.llm, moe=moe).validate()
+    make_tokenizer(phantom.texts(0, 200), folder)
+    tokenizer = tokens.load_tokenizer(folder, size.llm.family)
+    params = weights(cfg, tokenizer.eos_token_id)
+    edge = size.vision.image_size
+    model = Model(
+        params=jax.tree.map(jnp.asarray, generate.for_generation(params, cfg)),
+        config=cfg,
+        tokenizer=tokenizer,
+        spec=images.ImageSpec(resize=edge, crop=edge),
+        template=size.llm.family,
+        dtype=jnp.dtype(jnp.float32),
+    )
+    return Sides(Ours(model, size, clock), Theirs(Peer.filled(cfg, params), cfg, size, clock))
 
 
 def weights(cfg: ModelConfig, eos: int) -> dict[str, Any]:
@@ -214,56 +250,53 @@ def write_questions(size: Size, folder: Path) -> tuple[list[str], list[Path]]:
 
 def check(sides: Sides, rows: int) -> None:
     """Raises AssertionError where the sides do not compute the same."""
-    _, state = sides.jax_prefill(rows)
+    ours, theirs = sides
+    _, state = ours.prefill(rows)
     for cache in CACHES:
-        _, logits, _ = sides.torch_prefill(rows, cache)
+        _, logits, _ = theirs.prefill(rows, cache)
         error = float(np.abs(np.asarray(state.logits) - logits.numpy()).max())
         assert error < TOLERANCE, f"batch {rows}: scores differ by {error:.1e}"
-        ids = sides.torch_decode(rows, cache)[1]
-        assert np.array_equal(ids, sides.jax_decode(rows)[1]), f"batch {rows}: other ids ({cache})"
-
-
-def choose_cache(sides: Sides, rows: int) -> str:
-    """The peer's faster KV cache at this batch size, from three runs each."""
-    best = {c: min(sides.torch_decode(rows, c)[0] for _ in range(3)) for c in CACHES}
-    return min(best, key=best.__getitem__)
+        ids = theirs.decode(rows, cache)[1]
+        assert np.array_equal(ids, ours.decode(rows)[1]), f"batch {rows}: other ids ({cache})"
 
 
 def measure(sides: Sides, repeats: int, patience: float, folder: Path, only: Any) -> list[Figure]:
     """The figures asked for; prints each when it is there."""
     figures = []
+    ours, theirs = sides
+    size = ours.size
 
-    def add(name: str, unit: str, amount: float, ours: Any, theirs: Any) -> None:
+    def add(name: str, unit: str, amount: float, one: Any, other: Any) -> None:
         times = max(3, repeats // 3) if unit == "answers/s" else repeats
-        found = alternate(lambda: ours()[0], lambda: theirs()[0], times, patience)
+        found = alternate(lambda: one()[0], lambda: other()[0], times, patience)
         figures.append(Figure(name, unit, amount, *found, GOALS.get(name.split(" (")[0])))
         print("  ".join(figures[-1].cells()), file=sys.stderr, flush=True)
 
     for rows in (1, 8) if {"prefill", "decode"} & set(only) else (1,):
         check(sides, rows)
-        cache = choose_cache(sides, rows)
+        cache = theirs.faster_cache(rows)
         if rows == 1:
-            sides.cache = cache
+            theirs.cache = cache
         if "prefill" in only:
-            ours, theirs = partial(sides.jax_prefill, rows), partial(sides.torch_prefill, rows)
-            add(f"prefill, batch {rows}", "ms", rows, ours, partial(theirs, cache))
+            one, other = partial(ours.prefill, rows), partial(theirs.prefill, rows, cache)
+            add(f"prefill, batch {rows}", "ms", rows, one, other)
         if "decode" in only:
-            ours, theirs = partial(sides.jax_decode, rows), partial(sides.torch_decode, rows)
-            amount = rows * (sides.size.new - 1)
-            name = f"decode, batch {rows} ({cache} cache)"
-            add(name, "tokens/s", amount, ours, partial(theirs, cache))
+            one, other = partial(ours.decode, rows), partial(theirs.decode, rows, cache)
+            amount = rows * (size.new - 1)
+            add(f"decode, batch {rows} ({cache} cache)", "tokens/s", amount, one, other)
     if "predict" in only:
-        asked = write_questions(sides.size, folder)
-        ours, theirs = partial(sides.jax_predict, *asked), partial(sides.torch_predict, *asked)
-        assert ours()[1] == theirs()[1], "predict: the answers differ"
+        asked = write_questions(size, folder)
+        one, other = partial(ours.predict, *asked), partial(theirs.predict, ours.model, *asked)
+        assert one()[1] == other()[1], "predict: the answers differ"
         name = "predict (batch 8 against one by one)"
-        add(name, "answers/s", len(asked[0]), ours, theirs)
+        add(name, "answers/s", len(asked[0]), one, other)
     return figures
 
 
 def main() -> None:
     """Measures, prints the table and writes it."""
-    parser = argparse.ArgumentParser(description="Generation on the CPU beside PyTorch.")
+    about = "Generation on the CPU beside PyTorch. On a GPU: accelerator.py."
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("--quick", action="store_true", help="a tiny model: does it run at all?")
     parser.add_argument("--repeats", type=int, default=9, help="timed runs of each side")
     parser.add_argument("--one-thread", action="store_true", help="CPU time on one core")
@@ -279,15 +312,15 @@ def main() -> None:
     clock = time.process_time if args.one_thread else time.perf_counter
     with tempfile.TemporaryDirectory() as scratch:
         size = QUICK if args.quick else replace(FULL, questions=args.questions)
-        sides = Sides(size, Path(scratch) / "tokenizer", clock)
+        both = sides(size, Path(scratch) / "tokenizer", clock)
         where = conditions(torch.get_num_threads()) | {
-            "parameters": sum(p.numel() for p in sides.peer.parameters()),
+            "parameters": sum(p.numel() for p in both.theirs.peer.parameters()),
             "seconds": "CPU" if args.one_thread else "wall",
-            "prompt": f"{sides.cfg.vision.patches} image + {size.text} text tokens",
-            "size": asdict(sides.size),
+            "prompt": f"{size.vision.patches} image + {size.text} text tokens",
+            "size": asdict(size),
         }
         repeats = 3 if args.quick else args.repeats
-        figures = measure(sides, repeats, args.patience, Path(scratch), args.only)
+        figures = measure(both, repeats, args.patience, Path(scratch), args.only)
     text = markdown(figures, where)
     print(text)
     if args.out:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from timing import alternate, conditions
+from timing import alternate, conditions, table
 
 from medmoe_jax.config import LlmConfig, MoeConfig
 from medmoe_jax.models import layers, moe
@@ -130,20 +130,19 @@ def main() -> None:
         for row in measure(Case(family, width, ffn, tokens, n), 3 if args.quick else args.repeats)
     ]
     head = ["layer", "tokens", "experts", "", "MoE ms", "two dense ms", "ratio", "others"]
-    lines = [head, ["---"] * len(head), *map(cells, found)]
     versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
     about = (
         f"`{where['command']}`; {where['cpu']}; load {where['load'][0]} at the start; float32; "
         f"{versions}. Medians; the goal is a ratio of {GOAL} at most. Others: most of the CPU that "
         "other processes took in a run that counts."
     )
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{about}\n"
+    text = f"{table(head, list(map(cells, found)))}\n{about}\n"
     print(text)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "moe.md").write_text(text)
-        table = [f.case._asdict() | f._asdict() | {"ratio": f.ratio} for f in found]
-        (args.out / "moe.json").write_text(json.dumps({"conditions": where, "figures": table}))
+        rows = [f.case._asdict() | f._asdict() | {"ratio": f.ratio} for f in found]
+        (args.out / "moe.json").write_text(json.dumps({"conditions": where, "figures": rows}))
 
 
 if __name__ == "__main__":

@@ -137,10 +137,15 @@ def conditions(threads: int, packages: Sequence[str] = PACKAGES) -> dict[str, An
     }
 
 
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
 def markdown(figures: list[Figure], where: dict[str, Any]) -> str:
     """The table, and under it what it holds for."""
     head = ["", "unit", "JAX", "PyTorch", "faster", "quartiles", "goal", "others"]
-    lines = [head, ["---"] * len(head), *(figure.cells() for figure in figures)]
     versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
     how = f"{where['seconds']} time, {where['threads']} threads, load {where['load'][0]}"
     about = (
@@ -148,4 +153,4 @@ def markdown(figures: list[Figure], where: dict[str, Any]) -> str:
         "Medians of the runs; quartiles of the ratios of neighbouring runs; others: most of the "
         "CPU that other processes took in a run that counts."
     )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{about}\n"
+    return f"{table(head, [figure.cells() for figure in figures])}\n{about}\n"

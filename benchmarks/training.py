@@ -54,49 +54,48 @@ def model_config(size: generation.Size) -> ModelConfig:
     return ModelConfig(vision=size.vision, llm=size.llm, moe=moe).validate()
 
 
-def run_config(model: ModelConfig, remat: str) -> RunConfig:
-    """What the paper trains in phase 3, in float32."""
+def run_config(model: ModelConfig, remat: str, dtype: str = "float32") -> RunConfig:
+    """What the paper trains in phase 3: frozen weights and computation in `dtype`."""
     return RunConfig(
         model=model,
         train=("llm/moe/(experts|meta)/.*",),
-        compute_dtype="float32",
-        frozen_dtype="float32",
+        compute_dtype=dtype,
+        frozen_dtype=dtype,
         remat=remat,
         loss_chunk=0,
         optim=OptimConfig(lr=1e-4, warmup=0.0, schedule="constant", batch_size=ROWS),
     )
 
 
-def make_batch(model: ModelConfig, text: int) -> dict[str, np.ndarray]:
-    """ROWS rows of an image and `text` random ids, the last LABELLED with labels."""
-    rng, patches, edge = np.random.default_rng(0), model.vision.patches, model.vision.image_size
-    ids = rng.integers(0, model.llm.vocab, (ROWS, patches + text), np.int32)
-    place = np.full_like(ids, -1)
-    place[:, :patches] = np.arange(patches)
-    learnt = np.arange(patches + text) >= patches + text - LABELLED
-    return {
-        "tokens": ids,
-        "image_pos": place,
-        "labels": np.where(learnt, ids, -100).astype(np.int32),
-        "mask": np.ones_like(ids, bool),
-        "images": rng.integers(0, 256, (ROWS, 1, edge, edge, 3), np.uint8),
-        "modality": np.zeros(ROWS, np.int32),
-    }
+def make_batch(model: ModelConfig, text: int, rows: int = ROWS) -> dict[str, np.ndarray]:
+    """Rows of an image and `text` random ids, the last LABELLED with labels."""
+    batch = generation.prompts(model, text, rows)
+    ids = batch["tokens"]
+    learnt = np.arange(ids.shape[1]) >= ids.shape[1] - LABELLED
+    labels = np.where(learnt, ids, -100).astype(np.int32)
+    return batch | {"labels": labels, "modality": np.zeros(rows, np.int32)}
 
 
 class Ours:
     """The step of `medmoe_jax.train`."""
 
-    def __init__(self, run: RunConfig, params: Any, batch: Any, clock: Clock):
-        # Copies: the step writes into the buffers of its state.
-        flat = {k: jnp.array(v) for k, v in flatten_dict(params, sep="/").items()}
+    def __init__(self, run: RunConfig, flat: dict[str, Any], batch: Any, clock: Clock):
+        """`flat`: path -> device array; those that train are used up."""
         label = optim.labels(list(flat), run.train)
         train, self._frozen = optim.split(flat, label)
-        tx = optim.make(run.optim, STEPS, label)
-        self._state = step.State(jnp.zeros((), jnp.int32), train, tx.init(flat))
-        self._step = step.make_step(run, run.model, tx)
+        self._run, self._tx = run, optim.make(run.optim, STEPS, label)
+        self._state = step.State(jnp.zeros((), jnp.int32), train, self._tx.init(flat))
         self._batch, self._clock = jax.tree.map(jnp.asarray, batch), clock
-        self.flops = flops.costs(run, run.model, label).total([batch["tokens"].shape[1]] * ROWS, 4)
+        rows, length = batch["tokens"].shape
+        self.flops = flops.costs(run, run.model, label).total([length] * rows, rows)
+
+    def compile(self, remat: str) -> int:
+        """Makes the step; returns the bytes that it takes on its device."""
+        run_step = step.make_step(replace(self._run, remat=remat), self._run.model, self._tx)
+        self._step = run_step.lower(self._state, self._frozen, self._batch).compile()
+        held: Any = self._step.memory_analysis()
+        new = held.output_size_in_bytes - held.alias_size_in_bytes
+        return held.argument_size_in_bytes + held.temp_size_in_bytes + new
 
     def step(self) -> tuple[float, float]:
         """Seconds and loss of a step."""
@@ -107,24 +106,25 @@ class Ours:
 
 
 class Theirs:
-    """Forward, backward and fused AdamW of PyTorch."""
+    """Forward, backward and fused AdamW of PyTorch; what trains is kept in float32."""
 
-    def __init__(self, run: RunConfig, params: Any, batch: Any, clock: Clock, kind: type[Moe]):
-        self._peer, self._clock = Peer.filled(run.model, params, kind), clock
-        trained = [p.requires_grad_() for p in self._peer.experts()]
+    def __init__(self, run: RunConfig, peer: Peer, batch: Any, clock: Clock):
+        self.peer, self._clock = peer, clock
+        trained = peer.train_experts()
         betas = (run.optim.b1, run.optim.b2)
         self._adamw = torch.optim.AdamW(
             trained, run.optim.lr, betas, run.optim.eps, weight_decay=0.0, fused=True
         )
         text = batch["tokens"][:, run.model.vision.patches :]
         longs = (torch.from_numpy(a.astype(np.int64)) for a in (text, batch["labels"]))
-        self._batch = (torch.from_numpy(batch["images"][:, 0]), *longs)
+        parts = (torch.from_numpy(batch["images"][:, 0]), *longs)
+        self._batch = tuple(part.to(peer.device) for part in parts)
 
     def step(self) -> tuple[float, float]:
         """Seconds and loss of a step."""
         start = self._clock()
         self._adamw.zero_grad(set_to_none=True)
-        loss = self._peer.loss(*self._batch)
+        loss = self.peer.loss(*self._batch)
         loss.backward()
         self._adamw.step()
         return self._clock() - start, loss.item()
@@ -141,8 +141,11 @@ def trainers(
     model = model_config(size)
     run, params = run_config(model, remat), generation.weights(model, 0)
     batch = make_batch(model, size.text)
-    ours = Ours(run, params, batch, clock)
-    theirs = [Theirs(run, params, batch, clock, kind) for kind in kinds]
+    # Copies: the step writes into the buffers of its state.
+    flat = {k: jnp.array(v) for k, v in flatten_dict(params, sep="/").items()}
+    ours = Ours(run, flat, batch, clock)
+    ours.compile(remat)
+    theirs = [Theirs(run, Peer.filled(model, params, kind), batch, clock) for kind in kinds]
     losses = [[side.step()[1] for _ in range(STEPS)] for side in (ours, *theirs)]
     for kind, found in zip(kinds, losses[1:], strict=True):
         error = float(np.abs(np.subtract(losses[0], found)).max())
@@ -193,10 +196,9 @@ def measure(args: argparse.Namespace, clock: Clock) -> tuple[list[Figure], dict[
 
     def add_prefill(name: str, size: generation.Size) -> None:
         with tempfile.TemporaryDirectory() as scratch:
-            sides = generation.Sides(size, Path(scratch), clock)
+            sides = generation.sides(size, Path(scratch), clock)
             generation.check(sides, ROWS)
-            theirs = partial(sides.torch_prefill, ROWS, sides.cache)
-            add(name, partial(sides.jax_prefill, ROWS), theirs)
+            add(name, *(partial(side.prefill, ROWS) for side in sides))
 
     ours, theirs = trainers(size, args.remat, clock, [kind for kind, _ in PEERS.values()])
     for (name, (_, goal)), side in zip(PEERS.items(), theirs, strict=True):
@@ -230,7 +232,8 @@ def limit(work: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measures, prints the table and writes it."""
-    parser = argparse.ArgumentParser(description="Training on the CPU beside PyTorch.")
+    about = "Training on the CPU beside PyTorch. On a GPU: accelerator.py."
+    parser = argparse.ArgumentParser(description=about)
     add = parser.add_argument
     add("--quick", action="store_true", help="a tiny model: does it run at all?")
     add("--sweep", action="store_true", help="also with more and fewer tokens, experts, layers")
