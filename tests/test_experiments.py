@@ -143,7 +143,8 @@ def test_a_table_of_stored_cells(tmp_path: Path):
     assert result.tables[1].rows[0][1] == "+37.5 [+25.0, +50.0]"
     assert [c.verdict for c in result.claims] == [1, -1]
     assert result.claims[0].words() == "reproduced"
-    assert result.claims[1].words() == "no: the opposite"
+    assert result.claims[1].words() == "no"
+    assert result.claims[1].evidence.startswith("the opposite is seen: -37.5")
     assert result.notes == ("a note", f"On the paper's table: {paper.TABLES['table9'].remark}")
 
     report.save(result, tmp_path, SETTING)

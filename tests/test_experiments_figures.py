@@ -111,7 +111,7 @@ def test_depth_of_the_router(tmp_path: Path) -> None:
     assert len({cell.digest for cell in figure.cells(study)}) == 6
     result = figure.result("figure3", study, store, tmp_path)
     for depth, share in shares.items():
-        row = values(result, f"{depth} layer(s)")
+        row = values(result, f"{depth} layer{'s' * (depth > 1)}")
         assert row["samples"] == 100 and row["image tokens"] == pytest.approx(100 * share)
         assert row["text tokens"] == pytest.approx(100 * (round(15 * 0.25) + round(1.25)) / 20)
         assert 40 < row["silhouette x 100"] < 95

@@ -101,4 +101,4 @@ def _differences(axes: Any, apart: Mapping[Any, Mapping[str, Difference]]) -> No
     names = [f"{pair.first}\n- {pair.second}" for pair in apart]
     axes.set_yticks(range(len(apart)), names, fontsize=6.5)
     axes.set_ylim(len(apart) - 0.5, -0.5)
-    axes.set_xlabel("difference, points (95 % interval; thick: mean)")
+    axes.set_xlabel("difference, points\n(95 % interval; thick: mean)")

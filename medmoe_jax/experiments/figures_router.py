@@ -93,6 +93,10 @@ def router_cell(study: Study, llm: str, seed: int, changes: dict[str, Any], mark
     return looks.cell(study, phase, llm, seed, "instruct_heldout")
 
 
+def _title(depth: int) -> str:
+    return f"{depth} layer{'s' if depth > 1 else ''}"
+
+
 @dataclass(frozen=True)
 class Depths:
     """Figures 3 and 10: routers of one, two and three layers."""
@@ -116,7 +120,7 @@ class Depths:
             for depth in DEPTHS
         }
         scores = {depth: [router_scores(*one) for one in each] for depth, each in traces.items()}
-        found = {f"{depth} layer(s)": levels(each) for depth, each in scores.items()}
+        found = {_title(depth): levels(each) for depth, each in scores.items()}
         apart = differences(scores[DEPTHS[-1]], scores[1], study.cfg.bootstrap)
         columns = (SAMPLE, IMAGE_TOKEN, TEXT_TOKEN, SILHOUETTE)
         claims = tuple(
@@ -125,7 +129,7 @@ class Depths:
         )
         shown = {name: {c: row[c] for c in columns} for name, row in found.items()}
         picture = drawing.embeddings(
-            folder / f"{name}.png", {f"{d} layer(s)": traces[d][0][0] for d in DEPTHS}, shown
+            folder / f"{name}.png", {_title(d): traces[d][0][0] for d in DEPTHS}, shown
         )
         return Result(
             name,

@@ -15,7 +15,7 @@ from medmoe_jax.experiments.study import Study
 VERDICTS = {
     1: "reproduced",
     0: "undecided: the interval contains zero",
-    -1: "not reproduced: the opposite is seen",
+    -1: "not reproduced",
 }
 
 
@@ -48,7 +48,7 @@ class Claim:
         """The verdict in words."""
         if self.of_paper:
             return VERDICTS[self.verdict]
-        return {1: "yes", 0: VERDICTS[0], -1: "no: the opposite"}[self.verdict]
+        return {1: "yes", 0: VERDICTS[0], -1: "no"}[self.verdict]
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ class Experiment:
 
 def claim(text: str, found: Difference, of_paper: bool = True) -> Claim:
     """A claim that a difference is above zero, judged by its interval."""
-    return Claim(text, found.verdict, f"{found.text()} points", of_paper)
+    opposite = "the opposite is seen: " if found.verdict < 0 else ""
+    return Claim(text, found.verdict, f"{opposite}{found.text()} points", of_paper)
 
 
 def paper_table(title: str, printed: PaperTable) -> Table:
