@@ -168,6 +168,11 @@ def test_pages_escape_what_they_show(tmp_path: Path):
     page = report.write_page(tmp_path, []).read_text()
     assert "&lt;row&gt;" in page and "<row>" not in page and "<c>" not in page
     assert markdown(table).splitlines()[0] == "|  | a\\|b |"
+    report.save(dataclasses.replace(result, name="y"), folder, SETTING)
+    report.write_page(tmp_path, ["y"])
+    text = (folder / "report.md").read_text()
+    assert text.count("## <b>") == 2 and text.count("Made by `python -m this`") == 1
+    assert text.count("* **<c>**: undecided") == 2 and text.count("| <row> | 1 |") == 2
     with pytest.raises(FileNotFoundError, match="holds no result"):
         report.write_page(tmp_path / "other", [])
 

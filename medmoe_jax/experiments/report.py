@@ -1,6 +1,5 @@
-"""Results as files: JSON and Markdown of each experiment, and one HTML page of all.
-
-The page holds its pictures and needs no network.
+"""Results as files: JSON and Markdown of each experiment, and one page of all, as HTML that holds its
+pictures and needs no network, and as Markdown beside the pictures.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from medmoe_jax.experiments.cells import DONE
 from medmoe_jax.experiments.result import Claim, Result, Table, markdown
 
 FOLDER = "results"
-PAGE = "report.html"
+PAGE, TEXT = "report.html", "report.md"
 STYLE = """
 body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 h1,h2{line-height:1.2} h2{margin-top:3rem;border-top:1px solid #ccc;padding-top:1rem}
@@ -67,13 +66,29 @@ def load(path: Path) -> tuple[Result, dict[str, Any]]:
 
 def as_markdown(result: Result, setting: dict[str, Any]) -> str:
     """One experiment."""
-    lines = [f"# {result.title}", "", sentence(setting)]
-    for claim in result.claims:
-        lines += ["", f"* **{claim.text}**: {claim.words()} ({claim.evidence})"]
+    return "\n".join([f"# {result.title}", "", sentence(setting), *_body(result)]) + "\n"
+
+
+def _body(result: Result) -> list[str]:
+    """Claims, tables, notes and pictures, as lines of Markdown."""
+    lines = [""] if result.claims else []
+    lines += [f"* **{c.text}**: {c.words()} ({c.evidence})" for c in result.claims]
     for table in result.tables:
         lines += ["", f"{table.title}:", "", markdown(table)]
     lines += [part for note in result.notes for part in ("", note)]
     lines += [part for name in result.pictures for part in ("", f"![{result.title}]({name})")]
+    return lines
+
+
+def all_as_markdown(found: Sequence[tuple[Result, dict[str, Any]]]) -> str:
+    """All experiments; what was run is said again where it is something else than before."""
+    lines, before = ["# Med-MoE: the paper's experiments"], ""
+    for result, setting in found:
+        lines += ["", f"## {result.title}"]
+        if sentence(setting) != before:
+            before = sentence(setting)
+            lines += ["", before]
+        lines += _body(result)
     return "\n".join(lines) + "\n"
 
 
@@ -93,7 +108,7 @@ def sentence(setting: dict[str, Any]) -> str:
 
 
 def write_page(workdir: Path, order: Sequence[str]) -> Path:
-    """Puts all results of a run directory into `report.html`.
+    """Puts all results of a run directory into `report.html`, and into `results/report.md`.
 
     Args:
       workdir: the run directory.
@@ -115,6 +130,7 @@ def write_page(workdir: Path, order: Sequence[str]) -> Path:
         "<meta name='viewport' content='width=device-width'><title>Med-MoE experiments</title>"
         f"<style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
     )
+    (folder / TEXT).write_text(all_as_markdown(found), encoding="utf-8")
     path = workdir / PAGE
     path.write_text(page, encoding="utf-8")
     return path
