@@ -1,5 +1,6 @@
-"""Results as files: JSON and Markdown of each experiment, and one page of all, as HTML that holds its
-pictures and needs no network, and as Markdown beside the pictures.
+"""Results as files: JSON and Markdown of each experiment, and one page of all.
+
+The page is HTML that holds its pictures and needs no network, and Markdown beside the pictures.
 """
 
 from __future__ import annotations
