@@ -10,6 +10,7 @@ our side.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -235,8 +237,8 @@ class Peer(nn.Module):
 
     def recompute(self) -> None:
         """Computes every layer again in the backward pass, which takes less memory."""
-        self.llm.gradient_checkpointing_enable({"use_reentrant": False})
-        self.llm.train()  # no module has dropout, and transformers asks for it
+        for layer in self.llm.model.layers:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
     def new_cache(self, kind: str, length: int) -> Cache:
         """An empty KV cache; `length` places where it is static."""
