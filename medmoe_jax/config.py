@@ -357,7 +357,7 @@ class RunConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)  # train adapters on those instead
     official_aux: bool = False  # count padding in the load-balancing loss, as the official code
     compute_dtype: str = "bfloat16"
-    frozen_dtype: str = "bfloat16"  # how frozen weights are kept
+    frozen_dtype: str = "bfloat16"  # of frozen weights; int8, int4: of matrices among them
     remat: str = "full"  # none | dots | experts | full: what the backward pass recomputes
     loss_chunk: int = 512  # places of a row whose logits exist at once; 0 = all
     seed: int = 0

@@ -7,7 +7,8 @@ shapes alone.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -18,9 +19,9 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from medmoe_jax import lora, optim, sharding
+from medmoe_jax import lora, optim, quantize, sharding
 from medmoe_jax.config import ConfigError, ModelConfig, RunConfig
-from medmoe_jax.models import medmoe, moe
+from medmoe_jax.models import medmoe, moe, quantized
 from medmoe_jax.step import State
 
 # What a step reads of a batch; the last two where rows hold several samples.
@@ -30,6 +31,8 @@ ON_DEVICE = (
 )
 # The router decides in float32 whatever the rest of the model is stored in.
 KEEP_FLOAT32 = ("router/", "llm/moe/router/", "llm/moe/coefficient/")
+BITS = {"int8": 8, "int4": 4}  # what config.frozen_dtype can be for matrices alone
+FROZEN = ("float32", "bfloat16", "float16", *BITS)
 
 Flat = dict[str, Any]
 
@@ -79,17 +82,71 @@ def check_experts(model: ModelConfig, mesh: Mesh | AbstractMesh) -> None:
 
 def dtypes(cfg: RunConfig, label: dict[str, str]) -> dict[str, np.dtype]:
     """The dtype each parameter is kept in: float32 what trains and the router, else
-    config.frozen_dtype."""
+    config.frozen_dtype. Where that is of BITS, it is for matrices (`quantize.is_matrix`), and
+    everything else frozen is in config.compute_dtype.
+
+    Raises:
+      ConfigError: config.frozen_dtype is unknown.
+    """
+    if cfg.frozen_dtype not in FROZEN:
+        raise ConfigError(
+            f"frozen_dtype {cfg.frozen_dtype!r} is unknown; use one of {', '.join(FROZEN)}"
+        )
     single, frozen = np.dtype(np.float32), jnp.dtype(cfg.frozen_dtype)
-    return {
-        path: single if kind == optim.TRAIN or path.startswith(KEEP_FLOAT32) else frozen
-        for path, kind in label.items()
-    }
+    rest = jnp.dtype(cfg.compute_dtype) if cfg.frozen_dtype in BITS else frozen
+
+    def kept(path: str, kind: str) -> np.dtype:
+        if kind == optim.TRAIN or path.startswith(KEEP_FLOAT32):
+            return single
+        return frozen if quantize.is_matrix(path) else rest
+
+    return {path: kept(path, kind) for path, kind in label.items()}
 
 
 def place_weights(cfg: RunConfig, flat: Flat, label: dict[str, str], mesh: Mesh) -> Flat:
     """Parameters, or some of them (path -> array as `sharding.put` takes it), on the devices."""
-    return sharding.place(flat, mesh, dtypes(cfg, label))
+    kinds = dtypes(cfg, label)
+    small = {path: leaf for path, leaf in flat.items() if kinds[path].name in BITS}
+    rest = {path: leaf for path, leaf in flat.items() if path not in small}
+    return sharding.place(rest, mesh, kinds) | {
+        path: _quantized(path, leaf, kinds[path], mesh) for path, leaf in small.items()
+    }
+
+
+def _quantized(path: str, leaf: Any, kind: np.dtype, mesh: Mesh) -> Any:
+    """A matrix, or a stack of them, as `quantize.kernel` makes it of the numbers on disk, the same
+    on any mesh. The devices hold those of one layer as floats at a time."""
+    target = _outline(path, leaf.shape, kind, mesh)
+    places = jax.tree.map(lambda part: part.sharding, target)
+    bits, spec = BITS[kind.name], sharding.spec(path, leaf.shape, mesh)
+    if leaf.ndim == 2:
+        return _rounding(bits, places)(sharding.put(leaf, NamedSharding(mesh, spec)))
+    made = jax.tree.map(
+        lambda part: jnp.zeros(part.shape, part.dtype, device=part.sharding), target
+    )
+    for i in range(len(leaf)):
+        layer = sharding.put(leaf[i], NamedSharding(mesh, P(*spec[1:])))
+        made = _with_layer(bits, places)(made, layer, i)
+    return made
+
+
+@cache
+def _rounding(bits: int, places: Any) -> Callable[[jax.Array], Any]:
+    """Compiles a matrix -> its quantized kernel, which lies at `places`."""
+    return jax.jit(partial(quantize.kernel, bits=bits, places=places), out_shardings=places)
+
+
+@cache
+def _with_layer(bits: int, places: Any) -> Callable[[Any, jax.Array, int], Any]:
+    """Compiles (stack of quantized kernels, matrices of a layer, its number) -> the stack with that
+    layer, in place."""
+    here = jax.tree.map(lambda place: NamedSharding(place.mesh, P(*place.spec[1:])), places)
+
+    def change(made: Any, layer: jax.Array, i: int) -> Any:
+        new = quantize.kernel(layer, bits, places=here)
+        return jax.tree.map(lambda whole, part: whole.at[i].set(part), made, new)
+
+    return jax.jit(change, out_shardings=places, donate_argnums=0)
 
 
 def first_state(tx: optax.GradientTransformation, train: Flat, frozen: Flat, mesh: Mesh) -> State:
@@ -148,17 +205,31 @@ def abstract_weights(
     cfg: RunConfig, flat: Flat, label: dict[str, str], mesh: Mesh
 ) -> tuple[Flat, Flat]:
     """What `place_weights` makes of leaves with the shapes of `flat`, as ShapeDtypeStructs with
-    their places: (trainable, frozen)."""
+    their places: (trainable, frozen). Raises ConfigError as `dtypes` does."""
     kinds = dtypes(cfg, label)
-    outline = {
-        path: jax.ShapeDtypeStruct(
-            leaf.shape,
-            kinds[path],
-            sharding=NamedSharding(mesh, sharding.spec(path, leaf.shape, mesh)),
-        )
-        for path, leaf in flat.items()
-    }
+    outline = {path: _outline(path, leaf.shape, kinds[path], mesh) for path, leaf in flat.items()}
     return optim.split(outline, label)
+
+
+def kept_as(shape: tuple[int, ...], kind: np.dtype) -> Any:
+    """A parameter in one of `dtypes`, as ShapeDtypeStructs."""
+    if kind.name not in BITS:
+        return jax.ShapeDtypeStruct(shape, kind)
+    whole = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return jax.eval_shape(partial(quantize.kernel, bits=BITS[kind.name]), whole)
+
+
+def _outline(path: str, shape: tuple[int, ...], kind: np.dtype, mesh: Mesh) -> Any:
+    """`kept_as` with places. Step sizes lie with the numbers that they belong to."""
+    leaf = kept_as(shape, kind)
+    specs = quantized.split(leaf, sharding.spec(path, quantized.outline(leaf), mesh))
+    return jax.tree.map(
+        lambda part, spec: jax.ShapeDtypeStruct(
+            part.shape, part.dtype, sharding=NamedSharding(mesh, spec)
+        ),
+        leaf,
+        specs,
+    )
 
 
 def abstract_state(

@@ -97,7 +97,7 @@ def update(
     """
     # multi_transform wants a whole tree; nothing reads these zeros, so the compiled step does not
     # hold them.
-    whole = grads | {k: jnp.zeros_like(v) for k, v in frozen.items()}
+    whole = grads | jax.tree.map(jnp.zeros_like, frozen)
     updates: Any
     updates, state = tx.update(whole, state, train | frozen)
     return {k: optax.apply_updates(v, updates[k]) for k, v in train.items()}, state
@@ -121,9 +121,11 @@ def norm(tree: Any) -> jax.Array:
 
 def group_table(flat: Flat, label: dict[str, str]) -> str:
     """Table of parameter groups, of arrays or their shapes: name, tensors, numbers, dtype,
-    sharding, train or frozen."""
+    sharding, train or frozen. Of quantized matrices it tells what the small numbers lie in: int8,
+    of which one holds two of 4 bits."""
     rows: dict[tuple[str, ...], list[int]] = {}
-    for path, value in flat.items():
+    for path, kept in flat.items():
+        value = jax.tree.leaves(kept)[0]
         depth = 3 if path.startswith("llm/moe/") else 2 if path.startswith("llm/") else 1
         sharding = getattr(value, "sharding", None)
         where = str(tuple(sharding.spec)) if isinstance(sharding, NamedSharding) else "-"

@@ -20,7 +20,8 @@ from medmoe_jax import quantize, sharding
 from medmoe_jax.models import quantized
 from medmoe_jax.models.layers import Params
 
-FIRST, LAST = r"(.+)/(fc1|gate|up)/(kernel|bias)", r"(.+)/(fc2|down)/kernel"  # layers of an FFN
+# Layers of an FFN.
+FIRST, LAST = r"(.+)/(fc1|gate|up)/(kernel|bias|lora_b)", r"(.+)/(fc2|down)/kernel"
 
 
 def in_dtype(params: Params, dtype: Any) -> Params:

@@ -47,10 +47,11 @@ RULES: tuple[tuple[str, P], ...] = (
 # In generation, where the language model is one tree a layer (`models.decoder.unstack`). Anything
 # else lies as RULES say. Experts that are split over `expert` have that axis in front.
 GENERATION: tuple[tuple[str, P], ...] = (
-    (r"llm/blocks/.*/(q|k|v|fc1|gate|up)/kernel", P(None, BOTH)),
+    (r"llm/blocks/.*/(q|k|v|fc1|gate|up)/(kernel|lora_b)", P(None, BOTH)),
     (r"llm/blocks/.*/(q|k|v|fc1|gate|up)/bias", P(BOTH)),
-    (r"llm/blocks/.*/(out|fc2|down)/kernel", P(BOTH, None)),
+    (r"llm/blocks/.*/(out|fc2|down)/(kernel|lora_a)", P(BOTH, None)),
     (r"llm/blocks/.*/(out|fc2|down)/bias", P(None)),
+    (r"llm/blocks/.*/lora_[ab]", P(None, None)),
     (r"llm/blocks/\d+/moe/(router|coefficient)/.*", P()),
 )
 

@@ -19,10 +19,11 @@ import jax
 import numpy as np
 import small_models
 import tiny_runs
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 import medmoe_jax
-from medmoe_jax import checkpoint, generate, placement, quantize, sampling, sharding
-from medmoe_jax.config import MoeConfig
+from medmoe_jax import checkpoint, generate, lora, placement, quantize, sampling, sharding
+from medmoe_jax.config import LoraConfig, MoeConfig, RunConfig
 from medmoe_jax.model import Model, Reply
 from medmoe_jax.models import medmoe
 
@@ -39,9 +40,11 @@ class Case(NamedTuple):
     experts: int
     mesh: tuple[int, int, int]
     bits: int = 0
+    rank: int = 0  # of adapters beside weights of 8 bits
 
     def __str__(self) -> str:
         bits = f"-int{self.bits}" if self.bits else ""
+        bits += f"-rank{self.rank}" if self.rank else ""
         return "-".join(map(str, (*self[:3], "x".join(map(str, self.mesh))))) + bits
 
 
@@ -60,6 +63,8 @@ REST = (
     *(Case("stablelm", 2, 4, (2, 2, 2), bits) for bits in (8, 4)),
     *(Case("phi", 1, 4, (1, 2, 4), bits) for bits in (8, 4)),
     Case("phi", 2, 3, (1, 1, 8), 4),  # neither experts nor groups can be shared out
+    Case("phi", 2, 4, (1, 2, 4), 8, 2),
+    Case("stablelm", 1, 4, (2, 2, 2), 8, 2),
 )
 GROUP = 4  # inputs that share a step size with 4 bits
 
@@ -110,9 +115,26 @@ def said(model: Model, quick: bool) -> dict[str, dict[str, Any]]:
     }
 
 
+def with_adapters(case: Case, ways: int) -> Any:
+    """Weights of 8 bits with adapters beside them, as an evaluation during training has them."""
+    params, meta = checkpoint.load_model(folder(case.family, case.top_k, case.experts))
+    run = RunConfig(model=meta.model, train=("llm/.*",), lora=LoraConfig(case.rank))
+    flat = flatten_dict(params, sep="/")
+    flat |= small_models.fill(lora.shapes(run, flat), seed=1)
+    small = quantize.quantize(unflatten_dict(flat, sep="/"), case.bits)
+    return lora.merge(generate.for_generation(small, meta.model, ways), run.lora.scale)
+
+
 def loaded(case: Case) -> Model:
     """The model of a case. With 4 bits its groups are small, as its matrices are."""
     place = folder(case.family, case.top_k, case.experts)
+    if case.rank:
+        model = medmoe_jax.load(place, mesh=case.mesh)
+        assert model.mesh is not None
+        ways = sharding.generation_ways(model.mesh, case.experts)
+        params = with_adapters(case, ways)
+        there = jax.device_put(params, placement.places(params, model.mesh, ways))
+        return dataclasses.replace(model, params=there)
     if case.bits != 4:
         return medmoe_jax.load(place, mesh=case.mesh, bits=case.bits)
     model = medmoe_jax.load(place, mesh=case.mesh)
@@ -127,6 +149,8 @@ def loaded(case: Case) -> Model:
 def on_one_device(case: Case, quick: bool) -> dict[str, dict[str, Any]]:
     """The answers that all meshes must repeat; the mesh of `case` does not matter."""
     model = medmoe_jax.load(folder(case.family, case.top_k, case.experts))
+    if case.rank:
+        return said(dataclasses.replace(model, params=with_adapters(case, 1)), quick)
     if case.bits:
         small = quantize.quantize(model.params, case.bits, group=GROUP)
         model = dataclasses.replace(model, params=small)

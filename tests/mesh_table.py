@@ -47,6 +47,7 @@ class Model(NamedTuple):
     dtype: str = "float32"
     accumulate: int = 1
     lora: int = 0  # rank of adapters
+    frozen: str = "bfloat16"  # how frozen weights are kept
 
 
 class Case(NamedTuple):
@@ -70,12 +71,17 @@ QUICK = (
     Case(PHI, (1, 2, 4)),
     Case(STABLELM2, (2, 2, 2)),
     Case(Model("phi", 2, experts=6), (2, 1, 3)),  # on six of the devices
-    Case(Model("stablelm", 1, experts=2, accumulate=2), (1, 4, 2)),
+    Case(Model("phi", 1, experts=2, accumulate=2, lora=2, frozen="int8"), (1, 4, 2)),
 )
 REST = (
     *(case for case in ALL if case not in QUICK),
     Case(Model("phi", 2, remat="full", dtype="bfloat16"), (1, 2, 4)),
+    Case(Model("stablelm", 1, experts=2, accumulate=2), (1, 4, 2)),
     Case(Model("phi", 1, lora=2), (2, 2, 2)),
+    Case(Model("phi", 1, remat="full", lora=2, frozen="int8"), (2, 2, 2)),
+    Case(Model("phi", 2, lora=2, frozen="int8"), (1, 2, 4)),
+    Case(Model("phi", 1, lora=2, frozen="int4"), (2, 2, 2)),
+    Case(Model("phi", 1, remat="dots", frozen="int8"), (1, 8, 1)),
     Case(Model("phi", 2, experts=6), (4, 1, 2)),
     Case(Model("stablelm", 2, experts=6), (1, 2, 3)),
     Case(Model("phi", 2, experts=2), (2, 2, 2)),
@@ -94,9 +100,8 @@ class Result(NamedTuple):
 
 
 def config(model: Model) -> tuple[RunConfig, ModelConfig]:
-    """A run that trains what the official stage 3 trains, or adapters, and keeps the rest in
-    bfloat16. The large epsilon makes Adam's step a smooth function of the gradient, also where that
-    is about zero."""
+    """A run that trains what the official stage 3 trains, or adapters. The large epsilon makes
+    Adam's step a smooth function of the gradient, also where that is about zero."""
     whole = ("llm/moe/(experts|meta)/.*", "llm/mlp/.*", "projector/.*")
     sizes = small_models.config(model.family, MoeConfig(model.experts, model.top_k), layers=4)
     return RunConfig(
@@ -104,6 +109,7 @@ def config(model: Model) -> tuple[RunConfig, ModelConfig]:
         train=("llm/.*",) if model.lora else whole,
         lora=LoraConfig(model.lora, dropout=0.0),
         compute_dtype=model.dtype,
+        frozen_dtype=model.frozen,
         remat=model.remat,
         loss_chunk=0,
         optim=OptimConfig(
@@ -217,15 +223,20 @@ def memory(state: step.State, frozen: dict[str, jax.Array]) -> dict[str, Any]:
     """What of the arguments of a step a device holds.
 
     Returns:
-      train, mu and nu (the moments), frozen: path -> dtype, shape, and shape of a device's part.
+      train, mu and nu (the moments), frozen: path -> dtype, shape, and shape of a device's part;
+      of quantized kernels under kernel/values and kernel/scale.
       others: of the optimiser's leaves, how many numbers each has that is no moment.
     """
 
     def described(flat: dict[str, Any]) -> dict[str, Any]:
         return {
-            path: (leaf.dtype.name, leaf.shape, leaf.addressable_shards[0].data.shape)
-            for path, leaf in flat.items()
-            if isinstance(leaf, jax.Array)  # a frozen leaf has a mark in place of its moments
+            "/".join([path, *(key.name for key in place)]): (
+                leaf.dtype.name,
+                leaf.shape,
+                leaf.addressable_shards[0].data.shape,
+            )
+            for path, kept in flat.items()  # a frozen parameter has a mark in place of its moments
+            for place, leaf in jax.tree_util.tree_leaves_with_path(kept)
         }
 
     moments = {name: optax.tree.get(state.opt, name) for name in ("mu", "nu")}

@@ -19,7 +19,7 @@ PACKAGE = "medmoe_jax"
 ALLOWED = {
     r"config|hardware|losses|metrics|stored|models\.quantized": r"",
     r"sharding|distributed|compilation|optim|presets|sampling": r"config",
-    r"lora(\.merged)?": r"config|stored|lora\.merged",
+    r"lora(\.merged)?": r"config|stored|lora\.merged|models\.quantized",
     r"upcycle": r"config|stored",
     r"checkpoint": r"config|lora|stored|upcycle",
     r"models\.layers": r"models\.quantized",
@@ -42,7 +42,7 @@ ALLOWED = {
     r"flops": r"config|optim",
     r"plan(\..*)?": r"config|hardware|flops|layout|optim|sharding|step|generate|models\..*"
     r"|plan\..*",
-    r"layout": r"config|lora|optim|sharding|step|models\..*",
+    r"layout": r"config|lora|optim|quantize|sharding|step|models\..*",
     r"generate|beam": r"config|losses|sampling|sharding|generate|models\..*",
     r"responder|conversation": r"config|sampling|sharding|generate|beam|responder|data\..*",
     r"model": r"config|checkpoint|sampling|sharding|generate|responder|conversation|placement"

@@ -117,6 +117,25 @@ def test_a_run_goes_on_bit_for_bit(root: Path, monkeypatch: pytest.MonkeyPatch) 
     assert losses[0] == losses[1] and len(losses[0]) == STEPS
 
 
+def test_a_run_beside_8_bits(root: Path) -> None:
+    """It learns otherwise than beside floats, goes on bit for bit, and what it made belongs to the
+    model as it was before rounding."""
+    run = dataclasses.replace(config(root), frozen_dtype="int8")
+    train.train(run, root / "small")
+    first = raw(root / "small" / "model")
+    assert all(lora.is_adapter(path) for path in first) and len(first) == 8
+    assert any(np.abs(first[k] - v).max() > 1e-5 for k, v in raw(root / "run" / "model").items())
+    shutil.rmtree(root / "small" / "model")
+    shutil.rmtree(root / "small" / "checkpoints" / str(STEPS))
+    train.train(run, root / "small")
+    for path, value in raw(root / "small" / "model").items():
+        np.testing.assert_array_equal(value, first[path])
+    a, b = (first[f"llm/moe/meta/fc1/lora_{n}"][0] for n in "ab")
+    want = flat(root / "start")["llm/mlp/fc1/kernel"][0] + 2 * a @ b
+    have = flat(root / "small" / "model")["llm/moe/meta/fc1/kernel"][0]
+    np.testing.assert_allclose(have, want, atol=1e-6)
+
+
 def test_it_is_read_as_a_whole_model(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Loaded, merged to a plain folder, and converted: the same weights."""
     folder = root / "run" / "model"

@@ -88,19 +88,28 @@ def test_a_step_moves_what_it_must(case: Case, where: str) -> None:
 
 @pytest.mark.parametrize(("case", "where"), CASES)
 def test_a_device_holds_its_share(case: Case, where: str) -> None:
-    """Weights that train are float32 and have moments, frozen ones bfloat16 (but for the router)
-    and have none; all matrices are split."""
+    """Weights that train are float32 and have moments, frozen ones what was asked for (but for the
+    router) and have none; all matrices are split."""
     memory = table(where)[str(case)]["memory"]
     train, frozen = memory["train"], memory["frozen"]
     assert train and frozen and not train.keys() & frozen.keys()
     assert memory["mu"] == memory["nu"] == train
     assert set(memory["others"]) == {1}  # counters
     assert {dtype for dtype, *_ in train.values()} == {"float32"}
+    model = case.model
     for path, (dtype, *_) in frozen.items():
-        assert dtype == ("float32" if "/router/" in path else "bfloat16"), path
+        if path.endswith("kernel/values"):
+            assert model.frozen == "int8" == dtype or model.frozen == "int4", path
+        elif "/router/" in path or path.endswith("kernel/scale"):
+            assert dtype == "float32", path
+        else:
+            assert dtype == (model.frozen if model.frozen == "bfloat16" else model.dtype), path
     _, *axes = case.mesh
     for path, (_, whole, held) in (train | frozen).items():
+        path = path.removesuffix("/values")
         if not path.endswith("kernel") or re.search("/(router|experts)/|embedding", path):
+            continue
+        if model.frozen == "int4":  # tiny matrices are one group, which is not split
             continue
         split = whole[-1] if "lm_head" in path else whole[-2]
         ways = [1, *axes, axes[0] * axes[1]]

@@ -6,14 +6,16 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import pytest
 import tiny_runs
 
 import medmoe_jax
-from medmoe_jax import predict, train
-from medmoe_jax.config import EvaluationConfig, OptimConfig, RunConfig
+from medmoe_jax import checkpoint, generate, lora, predict, quantize, train
+from medmoe_jax.config import EvaluationConfig, LoraConfig, OptimConfig, RunConfig
 from medmoe_jax.data import questions
 from medmoe_jax.evaluation.report import report
+from medmoe_jax.models.quantized import dequantize, is_quantized
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -50,6 +52,52 @@ def test_figures_are_those_of_the_finished_model(tmp_path: Path) -> None:
         k: v for k, v in found[-1].items() if k != "step"
     }
     assert "held out/closed accuracy" in found[-1] and "held out/open recall" in found[-1]
+
+
+@pytest.mark.slow
+def test_adapters_beside_8_bits(tmp_path: Path) -> None:
+    """The figures are those of the rounded weights and the adapters, which `merge` leaves apart."""
+    start = tiny_runs.save_start(tmp_path / "start")
+    file = tiny_runs.save_questions(tmp_path / "data", 8)
+    cfg = RunConfig(
+        phase="stage2",
+        model=tiny_runs.model_config(),
+        train=("llm/.*",),
+        lora=LoraConfig(rank=2, dropout=0.0),
+        compute_dtype="float32",
+        frozen_dtype="int8",
+        optim=OptimConfig(lr=0.1, steps=4),
+        evaluation=EvaluationConfig(every=4, file=str(file), max_new_tokens=5),
+    )
+    train.train(tiny_runs.run_config(cfg, start, file), tmp_path / "run")
+    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    found = next(line for line in lines if any(key.startswith("val/") for key in line))
+
+    adapters = checkpoint.read_params(tmp_path / "run" / "model")
+    params, meta = checkpoint.load_model(start)
+    rounded = jax.tree.map(
+        lambda a: dequantize(a) if is_quantized(a) else a,
+        quantize.quantize(params, 8),
+        is_leaf=is_quantized,
+    )
+    whole = lora.merge(lora.joined(rounded, adapters), cfg.lora.scale)
+    model = dataclasses.replace(
+        medmoe_jax.load(start), params=generate.for_generation(whole, meta.model)
+    )
+    asked = questions.read_questions(file)
+    how = medmoe_jax.Sampling(max_new_tokens=5)
+    stream = predict.replies(model, asked, file.parent / "images", how, batch_size=8)
+    said = sorted(
+        (predict.row(q, reply, "", "shown") for q, reply in stream), key=lambda r: r["question_id"]
+    )
+    want = report(json.loads(file.read_text()), said, samples=0)["summary"]
+    assert {f"val/{k}": v for k, v in want.items() if v is not None} == {
+        k: v for k, v in found.items() if k != "step"
+    }
+    untrained = predict.replies(
+        medmoe_jax.load(start), asked, file.parent / "images", how, batch_size=8
+    )
+    assert [reply.text for _, reply in untrained] != [row["text"] for row in said]
 
 
 def test_a_missing_file_stops_before_training(tmp_path: Path) -> None:

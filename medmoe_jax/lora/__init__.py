@@ -28,6 +28,7 @@ from medmoe_jax import stored
 from medmoe_jax.config import ConfigError, LoraConfig, RunConfig
 from medmoe_jax.lora import merged
 from medmoe_jax.lora.merged import Merged
+from medmoe_jax.models.quantized import is_quantized
 from medmoe_jax.stored import Stored
 
 A, B, DROPOUT = "lora_a", "lora_b", "dropout"
@@ -164,6 +165,9 @@ def active(flat: Flat, cfg: LoraConfig, key: jax.Array | None = None) -> Flat:
 def merge(tree: Any, scale: float) -> Any:
     """W + scale A B in place of every kernel that has an adapter, in its dtype.
 
+    A quantized kernel keeps its adapter beside it, B multiplied by the scale: the sum would have to
+    be rounded to it once more.
+
     Args:
       tree: parameters, stacked or from `decoder.unstack`. Host arrays give new ones; kernels on
         disk (`stored.Stored`) are read and added to when they are wanted.
@@ -177,6 +181,8 @@ def merge(tree: Any, scale: float) -> Any:
     if A not in tree:
         return rest
     kernel = tree["kernel"]
+    if is_quantized(kernel):
+        return rest | {A: tree[A], B: tree[B] * scale}
     if isinstance(kernel, Stored):
         return rest | {"kernel": Merged(kernel, np.asarray(tree[A]), np.asarray(tree[B]), scale)}
     if isinstance(kernel, np.ndarray):

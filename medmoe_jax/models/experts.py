@@ -184,10 +184,10 @@ def stationary(
         return jax.lax.psum(y, (*owners, *hidden)) if owners or hidden else y
 
     def place(path: Any, leaf: Any) -> Any:
-        last, kernel = path[-2].key in LAST, path[-1].key == "kernel"
-        axes = (
-            ((hidden, None) if last else (None, hidden)) if kernel else (None if last else hidden,)
-        )
+        last, name = path[-2].key in LAST, path[-1].key
+        into = hidden if last and name in ("kernel", "lora_a") else None
+        out = hidden if not last and name in ("kernel", "lora_b", "bias") else None
+        axes = (out,) if name == "bias" else (into, out)
         return quantized.split(leaf, P(*owners, *axes))
 
     tokens = P(rows)

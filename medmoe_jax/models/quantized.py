@@ -121,7 +121,7 @@ def _whole(kernel: Int8 | Int4, x: Array) -> Array:
     kernel, x = jax.lax.optimization_barrier((kernel, x))
     if isinstance(kernel, Int8):
         return _dot(x, kernel.values) * kernel.scale[None]
-    return _dot(x, dequantize(kernel)[: x.shape[-1]])
+    return _dot(x, dequantize(kernel))
 
 
 def _int8_steps(kernel: Int8, x: Array) -> Array:
@@ -145,7 +145,6 @@ def _int8_steps(kernel: Int8, x: Array) -> Array:
 def _int4_steps(kernel: Int4, x: Array) -> Array:
     """As `_whole`, with one group of the weights as floats at a time."""
     groups, half, out = kernel.values.shape
-    x = jnp.pad(x, ((0, 0), (0, 2 * groups * half - x.shape[-1])))
     x = x.reshape(len(x), groups, 2, half)
 
     def add(i: Array, y: Array) -> Array:
@@ -166,6 +165,8 @@ def product(kernel: Int8 | Int4, x: Array) -> Array:
     anyhow, it is one product, before which those of Int4 are multiplied to the weights (in float32,
     rounded to the dtype of x).
 
+    It can be differentiated by x. What the backward pass keeps for that is the kernel as it is.
+
     Args:
       kernel: of one matrix, without stack axes.
       x: [..., in].
@@ -173,10 +174,47 @@ def product(kernel: Int8 | Int4, x: Array) -> Array:
     Returns:
       [..., out] in the dtype of x.
     """
-    flat = x.reshape(-1, x.shape[-1])
-    if len(flat) >= x.shape[-1] or jax.sharding.get_abstract_mesh().size > 1:
-        y = _whole(kernel, flat)
+    y = _product(kernel, filled(kernel, x.reshape(-1, x.shape[-1])))
+    return y.reshape(*x.shape[:-1], -1)
+
+
+def filled(kernel: Int8 | Int4, rows: Array) -> Array:
+    """Rows [N, in] with zeros behind them where the last group of the kernel has some."""
+    if isinstance(kernel, Int8):
+        return rows
+    groups, half = kernel.values.shape[-3:-1]
+    return jnp.pad(rows, ((0, 0), (0, 2 * groups * half - rows.shape[-1])))
+
+
+@jax.custom_vjp
+def _product(kernel: Int8 | Int4, x: Array) -> Array:
+    """`product` for rows [N, in]. Without a derivative of its own the backward pass would keep the
+    weights as floats: those of all layers, if it computes nothing again."""
+    if len(x) >= x.shape[-1] or jax.sharding.get_abstract_mesh().size > 1:
+        return _whole(kernel, x).astype(x.dtype)
+    steps = _int8_steps if isinstance(kernel, Int8) else _int4_steps
+    y = jax.lax.platform_dependent(kernel, x, cpu=steps, default=_whole)
+    return y.astype(x.dtype)
+
+
+def _product_forward(kernel: Int8 | Int4, x: Array) -> tuple[Array, Int8 | Int4]:
+    return _product(kernel, x), kernel
+
+
+def _product_backward(kernel: Int8 | Int4, dy: Array) -> tuple[None, Array]:
+    kernel, dy = jax.lax.optimization_barrier((kernel, dy))  # as in `_whole`
+    if isinstance(kernel, Int8):
+        w, slope = kernel.values, dy * kernel.scale[None]
     else:
-        steps = _int8_steps if isinstance(kernel, Int8) else _int4_steps
-        y = jax.lax.platform_dependent(kernel, flat, cpu=steps, default=_whole)
-    return y.reshape(*x.shape[:-1], -1).astype(x.dtype)
+        w, slope = dequantize(kernel), dy
+    # Its rows times the rows of the weights.
+    dx = jax.lax.dot_general(
+        slope.astype(dy.dtype),
+        w.astype(dy.dtype),
+        (((1,), (1,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
+    return None, dx.astype(dy.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)

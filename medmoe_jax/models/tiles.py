@@ -8,7 +8,8 @@ need no masks. Tiles that no expert owns are not computed. No token is dropped.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -131,6 +132,36 @@ def _hidden_backward(kept: tuple[Array, ...], dy: Array) -> tuple[Array, ...]:
 _thrifty_hidden.defvjp(_hidden_forward, _hidden_backward)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _quantized(kernel: Any, rows: Array, sizes: Array, tile: int, product: Product) -> Array:
+    """The product with quantized kernels: those of one layer are floats while it is computed, and
+    again in the backward pass, which keeps them as they are."""
+    # Floats of this layer, now, and not of all layers in front of the loop over them.
+    kernel, rows = jax.lax.optimization_barrier((kernel, rows))
+    w = layers.cast(quantized.dequantize(kernel), rows.dtype)
+    return product(rows, w, sizes, tile=tile)
+
+
+def _quantized_forward(
+    kernel: Any, rows: Array, sizes: Array, tile: int, product: Product
+) -> tuple[Array, tuple[Any, Array]]:
+    return _quantized(kernel, rows, sizes, tile, product), (kernel, sizes)
+
+
+def _quantized_backward(
+    tile: int, product: Product, kept: tuple[Any, Array], dy: Array
+) -> tuple[None, Array, None]:
+    (kernel, sizes), dy = jax.lax.optimization_barrier((kept, dy))
+    w = layers.cast(quantized.dequantize(kernel), dy.dtype)
+    # A linear function of the rows: any will do.
+    rows = jnp.zeros((len(dy), w.shape[-2]), dy.dtype)
+    _, pull = jax.vjp(lambda rows: product(rows, w, sizes, tile=tile), rows)
+    return None, *pull(dy), None
+
+
+_quantized.defvjp(_quantized_forward, _quantized_backward)
+
+
 def _mlp(p: Params, rows: Array, share: Array, sizes: Array, tile: int, product: Product) -> Array:
     """share [R, 1] times `layers.mlp` of each row with the parameters of its expert.
 
@@ -147,8 +178,9 @@ def _mlp(p: Params, rows: Array, share: Array, sizes: Array, tile: int, product:
     def times(p: Params, rows: Array) -> Array:
         kernel = p["kernel"]
         if quantized.is_quantized(kernel):
-            kernel = quantized.dequantize(kernel)[:, : rows.shape[-1]]  # no zeros of a last group
-        y = grouped(rows, layers.cast(kernel, rows.dtype))
+            y = _quantized(kernel, quantized.filled(kernel, rows), sizes, tile, product)
+        else:
+            y = grouped(rows, layers.cast(kernel, rows.dtype))
         return y + layers.low_rank(p, rows, grouped) if "lora_a" in p else y
 
     def plus(bias: Array | None, y: Array, owner: Array) -> Array:

@@ -129,7 +129,7 @@ def generation(cfg: RunConfig, target: Target, length: int, images: int, new: in
 
     kinds = layout.dtypes(cfg, dict.fromkeys(layout.shapes(cfg), optim.FROZEN))
     flat = {
-        path: jax.ShapeDtypeStruct(leaf.shape, kinds[path])
+        path: layout.kept_as(leaf.shape, kinds[path])
         for path, leaf in layout.shapes(cfg).items()
         if not path.startswith("router/")
     }

@@ -1,4 +1,4 @@
-"""Weights of 8 or 4 bits for inference, and what they take.
+"""Weights of 8 or 4 bits, for inference and frozen in training (`layout.py`), and what they take.
 
     params = quantize(params, 8)     # stacked, or from generate.for_generation
 
@@ -60,6 +60,11 @@ def check_settings(bits: int, group: int = GROUP, parts: Sequence[str] = ALL) ->
         raise ConfigError(f"parts {unknown or parts} cannot be quantized; use {', '.join(PARTS)}")
 
 
+def is_matrix(path: str, parts: Sequence[str] = ALL) -> bool:
+    """Whether a parameter of these parts is one that is quantized."""
+    return any(re.fullmatch(PARTS[part], path) for part in parts)
+
+
 def quantize(
     params: Params, bits: int, *, group: int = GROUP, parts: Sequence[str] = ALL
 ) -> Params:
@@ -87,9 +92,7 @@ def quantize(
         raise ConfigError("these parameters are quantized already; start from float weights")
 
     def one(path: Any, leaf: Any) -> Any:
-        name = _name(path)
-        chosen = any(re.fullmatch(PARTS[part], name) for part in parts)
-        return kernel(leaf, bits, group) if chosen else leaf
+        return kernel(leaf, bits, group) if is_matrix(_name(path), parts) else leaf
 
     return jax.tree_util.tree_map_with_path(one, params)
 
