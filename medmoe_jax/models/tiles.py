@@ -177,6 +177,7 @@ def _mlp(p: Params, rows: Array, share: Array, sizes: Array, tile: int, product:
 
     def times(p: Params, rows: Array) -> Array:
         kernel = p["kernel"]
+        y: Array
         if quantized.is_quantized(kernel):
             y = _quantized(kernel, quantized.filled(kernel, rows), sizes, tile, product)
         else:
