@@ -69,16 +69,14 @@ QUICK = (
     Case(PHI, (8, 1, 1)),
     Case(STABLELM2, (1, 8, 1)),
     Case(PHI, (1, 2, 4)),
-    Case(STABLELM2, (2, 2, 2)),
+    Case(Model("phi", 1, remat="full", lora=2, frozen="int8"), (2, 2, 2)),
     Case(Model("phi", 2, experts=6), (2, 1, 3)),  # on six of the devices
-    Case(Model("phi", 1, experts=2, accumulate=2, lora=2, frozen="int8"), (1, 4, 2)),
+    Case(Model("stablelm", 1, experts=2, accumulate=2), (1, 4, 2)),
 )
 REST = (
     *(case for case in ALL if case not in QUICK),
     Case(Model("phi", 2, remat="full", dtype="bfloat16"), (1, 2, 4)),
-    Case(Model("stablelm", 1, experts=2, accumulate=2), (1, 4, 2)),
     Case(Model("phi", 1, lora=2), (2, 2, 2)),
-    Case(Model("phi", 1, remat="full", lora=2, frozen="int8"), (2, 2, 2)),
     Case(Model("phi", 2, lora=2, frozen="int8"), (1, 2, 4)),
     Case(Model("phi", 1, lora=2, frozen="int4"), (2, 2, 2)),
     Case(Model("phi", 1, remat="dots", frozen="int8"), (1, 8, 1)),
