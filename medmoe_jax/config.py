@@ -358,7 +358,7 @@ class RunConfig:
     official_aux: bool = False  # count padding in the load-balancing loss, as the official code
     compute_dtype: str = "bfloat16"
     frozen_dtype: str = "bfloat16"  # of frozen weights; int8, int4: of matrices among them
-    remat: str = "full"  # none | dots | experts | full: what the backward pass recomputes
+    remat: str = "full"  # none | dots | experts | attention | full: see `models.layers.remat`
     loss_chunk: int = 512  # places of a row whose logits exist at once; 0 = all
     seed: int = 0
     compilation_cache: str = ""  # folder that keeps compiled programs between runs; "" = none

@@ -40,7 +40,7 @@ CHOICES = {
     "upcycle": upcycle.MODES,
     "objective": ("answer", "router"),
     "router_level": ("token", "sample"),
-    "remat": ("none", "dots", "experts", "full"),
+    "remat": ("none", "dots", "experts", "attention", "full"),
     "data.template": templates.TEMPLATES,
     "data.batching": order.MODES,
     "data.image_aspect": ("pad", "square"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medmoe_jax.models import attention
+from medmoe_jax.models import attention, layers
+from medmoe_jax.plan import hlo
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
+SPLASH, WIDTH = partial(attention.splash, interpret=True), 16
 # Two samples and padding behind them; padding in front; nothing but padding.
 SEGMENTS = ((1,) * 50 + (2,) * 70, (0,) * 30 + (1,) * 90, (0,) * 120)
 
@@ -44,9 +46,44 @@ def test_splash_is_plain_attention(t: int, heads: int, kv_heads: int, width: int
         return jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(*qkv)
 
     (_, want), want_gradient = gradient(attention.plain)
-    (_, have), have_gradient = gradient(partial(attention.splash, interpret=True))
+    (_, have), have_gradient = gradient(SPLASH)
     np.testing.assert_allclose(have, want, atol=1e-5)
     for a, b in zip(have_gradient, want_gradient, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@cache
+def layers_of_attention(form: Any, policy: str) -> tuple[Any, Any, Any]:
+    """Queries, weights of layers (attention and a product), and the program of both gradients."""
+    q, k, v, segments = (a[:1] for a in inputs(128, 2, 2, WIDTH))
+
+    def layer(x: Any, w: Any) -> tuple[Any, None]:
+        return form(x, k, v, segments) @ w, None
+
+    def total(x: Any, weights: Any) -> Any:
+        return jnp.sin(jax.lax.scan(layers.remat(layer, policy), x, weights)[0]).sum()
+
+    weights = jnp.stack([(i + 1) * jnp.eye(WIDTH) for i in range(3)])
+    return q, weights, jax.jit(jax.grad(total, (0, 1))).lower(q, weights).compile()
+
+
+@pytest.mark.parametrize(
+    ("form", "policy", "products"),
+    [
+        (attention.plain, "full", 2 + 2 + 2),  # forward, again, gradients of weights and queries
+        (attention.plain, "attention", 2 + 1 + 2),  # the scores are needed once more
+        pytest.param(SPLASH, "full", 2 + 2 + 3, marks=pytest.mark.slow),
+        (SPLASH, "attention", 2 + 3),  # its backward pass computes the scores itself
+    ],
+)
+def test_attention_is_not_done_again(form: Any, policy: str, products: int) -> None:
+    """Where rematerialisation keeps what it gives: products of the compiled program, gradients."""
+    q, weights, program = layers_of_attention(form, policy)
+    linear = 3 * 2 * q.size * WIDTH
+    want = len(weights) * (linear + products * 2 * q.size * q.shape[1])
+    assert hlo.work(program.as_text()).flops == want
+    *_, obvious = layers_of_attention(attention.plain, "none")
+    for a, b in zip(program(q, weights), obvious(q, weights), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 

@@ -203,7 +203,7 @@ def test_rematerialisation_changes_nothing() -> None:
     ]
     assert ["remat" in text or "checkpoint" in text for text in lowered] == [False, True, True]
     with pytest.raises(
-        ValueError, match="remat 'some' is unknown; use 'none', 'dots', 'experts' or"
+        ValueError, match="remat 'some' is unknown; use 'none', 'dots', 'experts', 'attention' or"
     ):
         layers.remat(lambda x: x, "some")
 

@@ -122,13 +122,14 @@ def test_search(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.append((vars(cfg.mesh).copy(), cfg.optim.batch_size, cfg.remat))
         slow = 1.0 if cfg.mesh.expert == 4 else 2.0
         size = cfg.optim.batch_size
-        peak = size * {"full": 0.5, "dots": 0.6, "none": 1.0}[cfg.remat]
-        return row(cfg, slow * (1 + size) * {"full": 1, "dots": 0.8, "none": 0.7}[cfg.remat], peak)
+        held = {"full": 0.5, "attention": 0.55, "dots": 0.6, "none": 1.0}
+        pace = {"full": 1, "attention": 0.9, "dots": 0.8, "none": 0.7}
+        return row(cfg, slow * (1 + size) * pace[cfg.remat], size * held[cfg.remat])
 
     best, plan = search.search(EXPERTS, target, LENGTH, 1, compiled)
     assert (best.mesh.expert, best.optim.batch_size, best.remat) == (4, 16, "dots")
     assert plan.memory["peak"] == pytest.approx(9.6)
-    assert len(asked) == len(runs) + 3 + 2  # 8, 16 and 32 rows; dots and none
+    assert len(asked) == len(runs) + 3 + 3  # 8, 16 and 32 rows; attention, dots and none
     monkeypatch.setattr(search, "candidates", lambda *_: [])
     with pytest.raises(ConfigError, match="nothing fits on v5e:2x2, not even one row of 16 tokens"):
         search.search(EXPERTS, target, LENGTH, 1, compiled)

@@ -13,8 +13,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from medmoe_jax.models.layers import Array
+from medmoe_jax.models.layers import ATTENTION, Array
 
 SHORT = 256  # places up to which a TPU's scores are small and XLA's form is as good
 BLOCKS = (512, 256, 128)  # places of a block of splash attention; longer ones are faster
@@ -78,7 +79,8 @@ def attend_causal(q: Array, k: Array, v: Array, segments: Array) -> Array:
 def plain(q: Array, k: Array, v: Array, segments: Array) -> Array:
     """`attend_causal` with the scores of all pairs in memory: right everywhere."""
     t = segments.shape[1]
-    return attend(q, k, v, (jnp.tril(jnp.ones((t, t), bool))[None] & _same(segments))[:, None])
+    mask = jnp.tril(jnp.ones((t, t), bool))[None] & _same(segments)
+    return checkpoint_name(attend(q, k, v, mask[:, None]), ATTENTION)
 
 
 def _same(segments: Array) -> Array:
@@ -125,6 +127,7 @@ def _splash_rows(q: Array, k: Array, v: Array, segments: Array, interpret: bool)
             block_q_dq=block,
             block_kv_dq=block,
         ),
+        residual_checkpoint_name=ATTENTION,
         interpret=interpret,
     )
     each: Any = jax.vmap(one)

@@ -237,7 +237,9 @@ def rope(x: Array, positions: Array, rotary_dim: int, theta: float) -> Array:
     return jnp.concatenate([rotated.astype(x.dtype), x[..., rotary_dim:]], -1)
 
 
-EXPERTS = "experts"  # name of the products with experts' weights, for `remat`
+# Names of what `remat` may keep: products with experts' weights, and what attention computes.
+EXPERTS, ATTENTION = "experts", "attention"
+CUDNN = "dot_product_attention_fwd_wrapper"  # JAX's primitive, whose results bear no such name
 
 
 def remat(body: Callable, policy: str) -> Callable:
@@ -246,18 +248,29 @@ def remat(body: Callable, policy: str) -> Callable:
     Args:
       body: a function for `jax.lax.scan`.
       policy: `none` keeps everything, `dots` products with weights, `experts` of those the
-        products with experts' weights only, `full` nothing.
+        products with experts' weights only, `attention` what attention gives, `full` nothing.
 
     Raises:
       ValueError: unknown policy.
     """
     policies = jax.checkpoint_policies
     experts = policies.save_only_these_names(EXPERTS)
-    # Kernels and `lax.switch` hide the experts' products from the policy for products.
-    dots = policies.save_from_both_policies(policies.checkpoint_dots_with_no_batch_dims, experts)
-    kept = {"full": None, "experts": experts, "dots": dots}
+    kept = {
+        "full": None,
+        "attention": policies.save_from_both_policies(
+            policies.save_only_these_names(ATTENTION),
+            lambda primitive, *_, **__: primitive.name == CUDNN,
+        ),
+        "experts": experts,
+        # Kernels and `lax.switch` hide the experts' products from the policy for products.
+        "dots": policies.save_from_both_policies(
+            policies.checkpoint_dots_with_no_batch_dims, experts
+        ),
+    }
     if policy == "none":
         return body
     if policy not in kept:
-        raise ValueError(f"remat {policy!r} is unknown; use 'none', 'dots', 'experts' or 'full'")
+        raise ValueError(
+            f"remat {policy!r} is unknown; use 'none', 'dots', 'experts', 'attention' or 'full'"
+        )
     return jax.checkpoint(body, prevent_cse=False, policy=kept[policy])

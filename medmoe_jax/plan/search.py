@@ -20,7 +20,7 @@ from medmoe_jax.plan.targets import Target
 
 WORTH = 1.02  # what doubling a batch must gain
 MOST = 64  # rows a device
-POLICIES = ("dots", "none")  # in the order of what they keep, after full
+POLICIES = ("attention", "dots", "none")  # in the order of what they keep, after full
 
 
 def meshes(devices: int, experts: int) -> Iterator[MeshConfig]:
