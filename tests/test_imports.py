@@ -25,7 +25,7 @@ ALLOWED = {
     r"models\.layers": r"models\.quantized",
     r"models\.attention": r"models\.layers",
     r"models\.(grouped|products)": r"models\.layers",
-    r"models\.buckets": r"models\.(layers|grouped)",
+    r"models\.buckets": r"models\.(layers|grouped|products)",
     r"models\.tiles": r"models\.(layers|products|quantized)",
     r"models\.experts": r"sharding|models\.(layers|grouped|buckets|products|quantized|tiles)",
     r"models\.(clip|projector)": r"config|models\.(attention|layers)",

@@ -263,3 +263,35 @@ def test_grouped_products_skip_rows_that_no_expert_owns() -> None:
     line += '{"cost_estimate":{"flops":"400","transcendentals":"0"}}}'
     assert hlo.work(module(X, line), filled=0.25).flops == 100
     assert hlo.work(module(X, line.replace("gmm", "other")), filled=0.25).flops == 400
+
+
+def test_a_grouped_product_with_one_of_the_experts() -> None:
+    """As in generation: of the rows of four experts it visits those of one, of the weights all."""
+    given = ("%o = s32[6] parameter(0)", "%r = f32[64,8] parameter(1)",
+             "%w = f32[1,8,16] parameter(2)", "%y = f32[64,16] parameter(3)")  # fmt: skip
+    line = 'ROOT %z = f32[64,16] custom-call(%o, %r, %w, %y), custom_call_target="tpu_custom_call"'
+    line += ', metadata={op_name="jit(gmm)/pallas_call"}, backend_config={"custom_call_config":'
+    line += '{"cost_estimate":{"flops":"16384","transcendentals":"0"}}}'
+    found = hlo.work(module(*given, line))
+    assert found.flops == 2 * 16 * 8 * 16
+    assert found.traffic == 4 * 8 * 16 + 4 * (64 * 8 + 2 * 64 * 16 + 6) / 4
+    whole = hlo.work(module(*given, line.replace("%w,", "%w4,"), "%w4 = f32[4,8,16] negate(%w)"))
+    assert whole.flops == 2 * 64 * 8 * 16
+
+
+@pytest.mark.parametrize(
+    ("shapes", "out", "name", "want"),
+    [
+        ("bf16[256,32] bf16[4,32,48]", "bf16[256,48]", "grouped_product", 2 * 256 * 32 * 48),
+        ("bf16[256,32] bf16[256,48]", "bf16[4,32,48]", "grouped_product_of_weights",
+         2 * 256 * 32 * 48),
+    ],
+)  # fmt: skip
+def test_grouped_products_of_a_gpu(shapes: str, out: str, name: str, want: float) -> None:
+    """Of rows with matrices, and of rows with gradients of rows."""
+    a, b = shapes.split()
+    given = "%s = s32[2] parameter(0)", f"%a = {a} parameter(1)", f"%b = {b} parameter(2)"
+    line = f"ROOT %y = {out} custom-call(%s, %a, %b), custom_call_target="
+    line += f'"__gpu$xla.gpu.triton", metadata={{op_name="jit(f)/{name}/pallas_call"}}'
+    found = hlo.work(module(*given, line))
+    assert found.flops == want and not found.kernels

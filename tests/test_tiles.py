@@ -77,6 +77,41 @@ def test_tiled_is_the_obvious_sum(
                 assert not np.any(leaf[: n_experts - top_k])
 
 
+@pytest.mark.parametrize(
+    ("product", "family", "dtype"),
+    [
+        (TPU, "phi", "float32"),
+        (GPU, "phi", "float32"),
+        (products.plain, "stablelm", "float32"),
+        pytest.param(TPU, "stablelm", "bfloat16", marks=pytest.mark.slow),
+        pytest.param(GPU, "stablelm", "bfloat16", marks=pytest.mark.slow),
+    ],
+)
+def test_separate_experts_are_read_where_they_lie(product: Any, family: str, dtype: str) -> None:
+    """As in generation: the sum is the obvious one, and no expert's kernel is copied."""
+    n_experts, tokens, top_k = 2, 140, 1
+    p = small_models.fill(layers.mlp_leaves(family, WIDTH, FFN, (n_experts,)))
+    p = jax.tree.map(lambda a: a.astype(dtype), p)
+    each = experts.separate(p, n_experts, 1)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((1, tokens, WIDTH)), dtype)
+    weight = jnp.asarray(rng.uniform(0.1, 1, (1, tokens, top_k)), jnp.float32)
+
+    def form(each: Any, x: Any, choice: Any) -> Any:
+        return experts._tiled(each, x, choice, weight, n_experts, product)
+
+    fast, exact = jax.jit(form), jax.tree.map(lambda a: a.astype(jnp.float32), p)
+    for kind in ("mixed", "one", "none"):
+        choice = chosen(kind, tokens, n_experts, top_k)
+        want = experts.reference(exact, x.astype(jnp.float32), choice, weight, n_experts)
+        tolerance = 1e-5 if dtype == "float32" else 0.02 * np.abs(want).max()
+        have = fast(each, x, choice).astype(jnp.float32)
+        np.testing.assert_allclose(have, want, atol=tolerance, rtol=1e-5, err_msg=kind)
+    if product is not products.plain:
+        text = str(jax.make_jaxpr(form)(each, x, choice))
+        assert f"[{n_experts},{WIDTH},{FFN}]" not in text and f"[{WIDTH},{FFN}]" in text
+
+
 def test_in_a_scan_that_recomputes_and_in_half_precision() -> None:
     """As in the decoder of a large model."""
     stack, n_experts, tokens = 2, 2, 140

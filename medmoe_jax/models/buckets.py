@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from medmoe_jax.models.grouped import by_size, group_sizes, over_groups, padded
 from medmoe_jax.models.layers import Array
+from medmoe_jax.models.products import Kernels
 
 
 def _rows(rows: Array, kernels: Array, sizes: Array, axis: int) -> Array:
@@ -55,7 +56,8 @@ def _backward(kept: tuple[Array, Array, Array], dy: Array) -> tuple[Array, Array
 _product.defvjp(_forward, _backward)
 
 
-def cpu(rows: Array, kernels: Array, sizes: Array, *, tile: int) -> Array:
+def cpu(rows: Array, kernels: Kernels, sizes: Array, *, tile: int) -> Array:
     """The product on a CPU, and its derivatives. Any `tile` will do, 1 wastes no rows."""
     del tile
-    return _product(rows, kernels, sizes)
+    stacked = jnp.stack(kernels) if isinstance(kernels, list) else kernels
+    return _product(rows, stacked, sizes)

@@ -90,10 +90,21 @@ def _tiled(
 ) -> Array:
     """`tiled` for parameters of either form."""
     if isinstance(p, tuple):
-        # A copy of one layer's experts, for 1 / E of the arithmetic of `reference`.
-        stacked: Params = jax.tree.map(lambda *each: jnp.stack(each), *p)
-        return tiled(stacked, x, choice, weight, n_experts, product, tile)
+        p = _kernels_apart(p)
     return tiled(p, x, choice, weight, n_experts, product, tile)
+
+
+def _kernels_apart(each: tuple[Params, ...]) -> Params:
+    """Separate experts as one tree, with a list of E kernels, which are not copied, where the
+    stacked form has an array; the rest is small, or quantized, and is stacked."""
+
+    def together(layer: str, leaf: str) -> Any:
+        found = [p[layer][leaf] for p in each]
+        if leaf == "kernel" and not quantized.is_quantized(found[0]):
+            return found
+        return jax.tree.map(lambda *a: jnp.stack(a), *found)
+
+    return {layer: {leaf: together(layer, leaf) for leaf in each[0][layer]} for layer in each[0]}
 
 
 def spread(p: Params, x: Array, choice: Array, weight: Array, n_experts: int) -> Array:

@@ -2,7 +2,8 @@
 
 All take rows [R, K] in tiles that belong to one expert each (`tiles.layout`), kernels [E, K, N] and
 sizes i32[E], the rows of each expert. Rows behind those of the last expert give zero and cost
-nothing. `R` is a multiple of the tile and so are the sizes.
+nothing. `R` is a multiple of the tile and so are the sizes. The kernels may also be a list of E
+arrays [K, N], as in generation: they are read where they lie, and nothing is derived.
 
 Source: the TPU kernels are those of `jax.experimental.pallas.ops.tpu.megablox`, with block sizes of
 our own. Those for a GPU are Triton kernels by way of Pallas.
@@ -22,17 +23,21 @@ from medmoe_jax.models.layers import Array
 VMEM = 13 * 2**20  # bytes of a TPU core's vector memory (16 MiB are usable) for one kernel's blocks
 
 
+Kernels = Array | list[Array]
+
+
 class Product(Protocol):
     """rows [R, K], kernels [E, K, N], sizes i32[E] -> [R, N] in the dtype of rows."""
 
-    def __call__(self, rows: Array, kernels: Array, sizes: Array, *, tile: int) -> Array: ...
+    def __call__(self, rows: Array, kernels: Kernels, sizes: Array, *, tile: int) -> Array: ...
 
 
-def plain(rows: Array, kernels: Array, sizes: Array, *, tile: int) -> Array:
+def plain(rows: Array, kernels: Kernels, sizes: Array, *, tile: int) -> Array:
     """The product as XLA has it: right everywhere, at the cost of all experts where XLA has no
     kernel for it (GPU and CPU)."""
     del tile
-    return jax.lax.ragged_dot(rows, kernels, sizes)
+    stacked = jnp.stack(kernels) if isinstance(kernels, list) else kernels
+    return jax.lax.ragged_dot(rows, stacked, sizes)
 
 
 def _blocks(size: int, limit: int) -> list[int]:
@@ -136,8 +141,33 @@ def _tpu_backward(
 _tpu.defvjp(_tpu_forward, _tpu_backward)
 
 
-def tpu(rows: Array, kernels: Array, sizes: Array, *, tile: int, interpret: bool = False) -> Array:
+def _tpu_each(rows: Array, kernels: list[Array], sizes: Array, tile: int, interpret: bool) -> Array:
+    """A call for each expert, which visits its own tiles of one buffer. A copy of the kernels would
+    be more bytes than the zeros below as long as there are fewer rows than E * K."""
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
+
+    (r, k), n = rows.shape, kernels[0].shape[1]
+    y = jnp.zeros((r, n), rows.dtype)
+    for e, kernel in enumerate(kernels):
+        y = gmm(
+            rows,
+            kernel[None],
+            _with_rest(sizes, r),
+            preferred_element_type=rows.dtype,
+            tiling=blocks(r, k, n, tile, len(kernels), rows.dtype.itemsize),
+            group_offset=jnp.int32(e),
+            existing_out=y,
+            interpret=interpret,
+        )
+    return y
+
+
+def tpu(
+    rows: Array, kernels: Kernels, sizes: Array, *, tile: int, interpret: bool = False
+) -> Array:
     """The product on a TPU, and its derivatives: megablox."""
+    if isinstance(kernels, list):
+        return _tpu_each(rows, kernels, sizes, tile, interpret)
     return _tpu(rows, kernels, sizes, tile, interpret)
 
 
@@ -153,46 +183,57 @@ def _gpu_blocks(k: int, n: int) -> tuple[int, int]:
 
 
 def _gpu_rows(
-    rows: Array, kernels: Array, sizes: Array, interpret: bool, transposed: bool
+    rows: Array, kernels: Kernels, sizes: Array, interpret: bool, transposed: bool
 ) -> Array:
     """rows @ kernels (or their transposes): a program for each block of the result."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
-    (r, k), n = rows.shape, kernels.shape[1 if transposed else 2]
+    stacked = not isinstance(kernels, list)
+    arrays = [kernels] if stacked else kernels
+    (r, k), n = rows.shape, arrays[0].shape[-2 if transposed else -1]
     bk, bn = _gpu_blocks(k, n)
     ends = jnp.cumsum(sizes)
     first = jnp.arange(0, r, GPU_TILE)
     owner = (first[:, None] >= ends[None]).sum(-1).astype(jnp.int32)  # E: nobody
 
-    def body(owner_ref: Any, rows_ref: Any, kernels_ref: Any, out_ref: Any) -> None:
+    def body(owner_ref: Any, rows_ref: Any, *refs: Any) -> None:
+        *kernel_refs, out_ref = refs
         e = owner_ref[0]
+        total = jnp.zeros((GPU_TILE, bn), jnp.float32)
+        for i, ref in enumerate(kernel_refs):
+            # Of all these loops the owner's alone has any rounds.
+            mine = e < len(kernels) if stacked else e == i
 
-        def add(i: Array, total: Array) -> Array:
-            part = pl.ds(i * bk, bk)
-            kernel = kernels_ref[e, :, part].T if transposed else kernels_ref[e, part, :]
-            return total + triton.dot(rows_ref[:, part], kernel)
+            def add(step: Array, total: Array, ref: Any = ref) -> Array:
+                part = pl.ds(step * bk, bk)
+                place = (slice(None), part) if transposed else (part, slice(None))
+                kernel = ref[(e, *place) if stacked else place]
+                return total + triton.dot(rows_ref[:, part], kernel.T if transposed else kernel)
 
-        steps = (e < len(kernels)).astype(jnp.int32) * (k // bk)
-        zeros = jnp.zeros((GPU_TILE, bn), jnp.float32)
-        out_ref[...] = jax.lax.fori_loop(0, steps, add, zeros).astype(out_ref.dtype)
+            total = jax.lax.fori_loop(0, mine.astype(jnp.int32) * (k // bk), add, total)
+        out_ref[...] = total.astype(out_ref.dtype)
 
-    shape = (len(kernels), bn, k) if transposed else (len(kernels), k, bn)
-    place = (lambda i, j: (0, j, 0)) if transposed else (lambda i, j: (0, 0, j))
+    stack = (len(kernels),) if stacked else ()
+    shape = (*stack, bn, k) if transposed else (*stack, k, bn)
+
+    def place(i: Array, j: Array) -> tuple[Any, ...]:
+        return (*(0 for _ in stack), *((j, 0) if transposed else (0, j)))
+
     return pl.pallas_call(
         body,
         grid=(r // GPU_TILE, n // bn),
         in_specs=[
             pl.BlockSpec((1,), lambda i, j: (i,)),
             pl.BlockSpec((GPU_TILE, k), lambda i, j: (i, 0)),
-            pl.BlockSpec(shape, place),
+            *(pl.BlockSpec(shape, place) for _ in arrays),
         ],
         out_specs=pl.BlockSpec((GPU_TILE, bn), lambda i, j: (i, j)),
         out_shape=jax.ShapeDtypeStruct((r, n), rows.dtype),
         compiler_params=triton.CompilerParams(num_warps=8, num_stages=3),
         interpret=interpret,
         name="grouped_product",
-    )(owner, rows, kernels)
+    )(owner, rows, *arrays)
 
 
 def _gpu_weights(rows: Array, dy: Array, sizes: Array, dtype: Any, interpret: bool) -> Array:
@@ -253,12 +294,17 @@ def _gpu_backward(
 _gpu.defvjp(_gpu_forward, _gpu_backward)
 
 
-def gpu(rows: Array, kernels: Array, sizes: Array, *, tile: int, interpret: bool = False) -> Array:
+def gpu(
+    rows: Array, kernels: Kernels, sizes: Array, *, tile: int, interpret: bool = False
+) -> Array:
     """The product on an NVIDIA GPU, and its derivatives: Triton kernels for whole blocks."""
     assert tile % GPU_TILE == 0
-    if not all(_gpu_blocks(n, n)[0] for n in kernels.shape[1:]):
-        _say(*kernels.shape[1:])
+    k, n = (kernels[0] if isinstance(kernels, list) else kernels).shape[-2:]
+    if not all(_gpu_blocks(size, size)[0] for size in (k, n)):
+        _say(k, n)
         return plain(rows, kernels, sizes, tile=tile)
+    if isinstance(kernels, list):
+        return _gpu_rows(rows, kernels, sizes, interpret, transposed=False)
     return _gpu(rows, kernels, sizes, interpret)
 
 

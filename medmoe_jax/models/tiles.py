@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from medmoe_jax.models import layers, quantized
 from medmoe_jax.models.layers import Array, Params
-from medmoe_jax.models.products import Product
+from medmoe_jax.models.products import Kernels, Product
 
 TILES = (512, 256, 128)  # rows of a tile
 WASTE = 0.25  # share of the rows that may be padding before smaller tiles are chosen
@@ -90,7 +90,8 @@ def tiled(
     tile: int = 0,
 ) -> Array:
     """The expert sum with grouped matrix products. Arguments and result as in
-    `experts.reference`; `p` is stacked. `tile`: rows of a tile; 0 = `tile_rows`."""
+    `experts.reference`; `p` is stacked, its kernels may be lists of E arrays. `tile`: rows of a
+    tile; 0 = `tile_rows`."""
     b, t, d = x.shape
     k = choice.shape[-1]
     tile = tile or tile_rows(b * t * k, n_experts)
@@ -172,7 +173,7 @@ def _mlp(p: Params, rows: Array, share: Array, sizes: Array, tile: int, product:
     number = jnp.arange(len(rows))[:, None]
     owner = ((number >= ends - sizes[None]) & (number < ends)).astype(rows.dtype)  # [R, E], 0 or 1
 
-    def grouped(rows: Array, kernels: Array) -> Array:
+    def grouped(rows: Array, kernels: Kernels) -> Array:
         return product(rows, kernels, sizes, tile=tile)
 
     def times(p: Params, rows: Array) -> Array:
@@ -180,6 +181,8 @@ def _mlp(p: Params, rows: Array, share: Array, sizes: Array, tile: int, product:
         y: Array
         if quantized.is_quantized(kernel):
             y = _quantized(kernel, quantized.filled(kernel, rows), sizes, tile, product)
+        elif isinstance(kernel, list):
+            y = grouped(rows, [layers.cast(each, rows.dtype) for each in kernel])
         else:
             y = grouped(rows, layers.cast(kernel, rows.dtype))
         return y + layers.low_rank(p, rows, grouped) if "lora_a" in p else y

@@ -30,7 +30,9 @@ COUNTERS = ("s32", "u32")  # of loops
 # Kernels of splash attention, which do not declare their FLOPs -> products of queries and keys: the
 # backward pass computes the scores again in both of its kernels.
 SPLASH = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
-GROUPED = ("gmm", "tgmm")  # kernels of products of rows with the kernel of their expert
+# Kernels of products of rows with the matrix of their expert: megablox on a TPU, which declares its
+# FLOPs, and ours on a GPU: Pallas does not hand on to Triton what a kernel declares.
+GROUPED, GROUPED_GPU = ("gmm", "tgmm"), "grouped_product"
 # Custom calls that stand for no work of their own.
 MARKERS = (
     "Sharding",
@@ -91,6 +93,10 @@ def work(text: str, filled: float = 1.0) -> Work:
 
 def _is_element(op: Op) -> bool:
     return op.kind == "get-tuple-element" and op.shapes[0].dtype in COUNTERS
+
+
+def _is_grouped(op: Op) -> bool:
+    return op.kind == "custom-call" and any(f"jit({name})" in op.attributes for name in GROUPED)
 
 
 class _Reader:
@@ -258,8 +264,8 @@ class _Reader:
         target = op.attribute("custom_call_target").strip('"')
         declared = re.search(r'"cost_estimate":\{[^{}]*?"flops":"?(\d+)', op.attributes)
         if declared:
-            grouped = any(f"jit({name})" in op.attributes for name in GROUPED)
-            result.flops = float(declared.group(1)) * (self._filled if grouped else 1.0)
+            share = self._filled * self._visited(within, op) if _is_grouped(op) else 1.0
+            result.flops = float(declared.group(1)) * share
         elif "$gemm" in target or "matmul" in target:
             numbers = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', op.attributes)
             axes = [int(n) for n in re.findall(r"\d+", numbers.group(1))] if numbers else [-1]
@@ -269,9 +275,20 @@ class _Reader:
             result.flops = self._attention(within, op, target)
         elif products := next((n for name, n in SPLASH.items() if name in op.attributes), 0):
             result.flops = self._splash(within, op, products)
+        elif GROUPED_GPU in op.attributes:
+            rows = next(s.dims for s in self._operands(within, op) if len(s.dims) == 2)
+            result.flops = 2.0 * prod(rows) * op.shapes[0].dims[-1] * self._filled
         elif target and not any(word in target for word in MARKERS):
             name = re.search(r'kernel_name\W+"?([\w\-.]+)', op.attributes)
             result.kernels[name.group(1) if name else target] = 1.0
+
+    def _visited(self, within: Computation, op: Op) -> float:
+        """Share of the experts whose rows megablox' product visits: it may be given the matrix of
+        one [1, K, N], beside the borders of the rows of all, i32[E + 2] with those of nobody's."""
+        given = self._operands(within, op)
+        matrices = next((s.dims[0] for s in given if len(s.dims) == 3), 0)
+        borders = next((s.dims[0] for s in given if len(s.dims) == 1), 0)
+        return matrices / (borders - 2) if matrices and borders > 2 else 1.0
 
     def _attention(self, within: Computation, op: Op, target: str) -> float:
         """FLOPs of cuDNN's attention: two products forward, five backward."""
@@ -315,6 +332,10 @@ class _Reader:
             return reads + self._written(body, op)
         if op.kind.endswith("-start"):  # the result repeats the operands
             return 2 * sum(s.traffic for shapes in given for s in shapes)
+        if _is_grouped(op):
+            visited = self._visited(within, op)
+            moved = [*op.shapes, *(s for shapes in given for s in shapes)]
+            return sum(s.traffic * (1 if len(s.dims) == 3 else visited) for s in moved)
         return result + sum(s.traffic for shapes in given for s in shapes)
 
     def _read(self, name: str, index: int, size: float) -> float:
