@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import json
 import re
+import subprocess
+import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import layer_costs
 import numpy as np
 import pytest
 import small_models
@@ -49,6 +54,47 @@ def test_a_layer_costs_little_more_than_two_dense_networks(
     layer = compiled(lambda p, x: moe.moe_layer(p, cfg, x, counted)[0], p, x, backward)
     dense = 2 * 2 * 3 * WIDTH * FFN * tokens * (3 if backward else 1)
     assert 1.0 <= layer / dense <= 1.15
+
+
+@functools.cache
+def ahead(target: str) -> list[dict[str, Any]]:
+    """What layer_costs.py prints for a chip; skips where its compiler is not installed."""
+    names = ("libtpu",) if target.startswith("v") else ("jax_cuda13_plugin", "jax_cuda12_plugin")
+    if not any(importlib.util.find_spec(name) for name in names):
+        pytest.skip(f"{' or '.join(names)} is not installed (extras plan and plan-cuda)")
+    command = [sys.executable, layer_costs.__file__, target]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.tpu
+@pytest.mark.parametrize("target", ["v5e:1x1", "h200:1"])
+def test_a_layer_on_a_tpu_and_a_gpu(target: str) -> None:
+    """StableLM and Phi-2, 1 and 8 rows of 2,048 tokens, bfloat16: FLOPs, room for the unevenest
+    choice included, and the time that they and the bytes need at least. Of the bytes, those of the
+    other three experts, and their gradients, are more than two dense networks have."""
+    rows = [row for row in ahead(target) if row["way"] != "generation"]
+    assert len(rows) == 8
+    for row in rows:
+        one, two = row["layer"], row["dense"]
+        assert not one["unknown"] and not two["unknown"]
+        assert 1.0 <= one["flops"] / two["flops"] <= 1.15, row
+        assert one["seconds"] / two["seconds"] <= 1.15, row
+
+
+@pytest.mark.slow
+@pytest.mark.tpu
+@pytest.mark.parametrize("target", ["v5e:1x1", "h200:1"])
+def test_generation_copies_no_expert(target: str) -> None:
+    """Experts that are arrays of their own move less than a copy of them would."""
+    rows = [row for row in ahead(target) if row["way"] == "generation"]
+    assert len(rows) == 4
+    for row in rows:
+        more = row["separate"]["traffic"] - row["stacked"]["traffic"]
+        assert more < row["weights"], row  # a copy reads and writes them
+        assert row["separate"]["flops"] == pytest.approx(row["stacked"]["flops"], rel=0.01)
 
 
 MODEL = small_models.config("stablelm", MoeConfig(2, placement="0"), layers=1)

@@ -203,6 +203,16 @@ def test_memory_on_the_chip_is_no_traffic() -> None:
     assert hlo.work(module(X, line)).traffic == 6400
 
 
+def test_what_is_fetched_ahead_moves_once() -> None:
+    """A TPU copies an array, or a part of it, into its own memory while it computes."""
+    copy = "%c = (f32[16,100]{1,0:S(1)}, f32[16,100], u32[]) copy-start(%x)"
+    assert hlo.work(module(X, copy)).traffic == 6400
+    part = (
+        "%s = ((f32[16,100]), f32[4,100]{1,0:S(1)}, u32[]) slice-start(%x), slice={[0:4], [0:100]}"
+    )
+    assert hlo.work(module(X, part)).traffic == 1600
+
+
 def test_slices_move_what_they_take() -> None:
     """Of a stack of weights one layer is read, and one gradient is written into its stack."""
     head = "(p: f32[8,16,100], i: s32[]) -> f32[16,100] {\n  %p = f32[8,16,100] parameter(0)\n"

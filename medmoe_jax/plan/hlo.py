@@ -330,6 +330,10 @@ class _Reader:
                 for i, shapes in enumerate(given)
             )
             return reads + self._written(body, op)
+        if op.kind == "copy-start":  # to, from and a mark
+            return op.shapes[0].traffic + sum(s.traffic for shapes in given for s in shapes)
+        if op.kind == "slice-start":  # from, to and a mark
+            return op.shapes[1].size + op.shapes[1].traffic
         if op.kind.endswith("-start"):  # the result repeats the operands
             return 2 * sum(s.traffic for shapes in given for s in shapes)
         if _is_grouped(op):
