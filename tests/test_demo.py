@@ -13,6 +13,8 @@ from medmoe_jax.data import phantom, templates, tokens
 from medmoe_jax.demo import checkpoints, pretrain
 from medmoe_jax.demo.__main__ import Demo
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
