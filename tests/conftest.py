@@ -17,7 +17,10 @@ if jax.__version__.startswith("0.10."):
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Files of many minutes come first, so that no worker is left alone with one at the end.
-LONGEST_FIRST = ("test_train", "test_sharding", "test_distributed", "test_beam", "test_check")
+LONGEST_FIRST = (
+    *("test_notebooks", "test_train", "test_distributed", "test_packing", "test_step"),
+    *("test_sharding", "test_check", "test_model", "test_beam"),
+)
 
 FIXTURES = Path(__file__).resolve().parents[2] / "shared" / "fixtures"
 
