@@ -64,7 +64,7 @@ def test_repeated_and_multiplied(kernel: tuple[np.ndarray, Merged]) -> None:
 
 
 def test_a_matrix_is_cut_by_slices(kernel: tuple[np.ndarray, Merged]) -> None:
-    with pytest.raises(TypeError, match="slices alone"):
+    with pytest.raises(AssertionError):
         kernel[1][0, 0, 3]
 
 

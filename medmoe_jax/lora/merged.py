@@ -31,8 +31,7 @@ class Merged(Stored):
     def __getitem__(self, index: Any) -> Merged:
         parts = index if isinstance(index, tuple) else (index,)
         *stack, rows, columns = (*parts, *(slice(None),) * (self.ndim - len(parts)))
-        if not (isinstance(rows, slice) and isinstance(columns, slice)):
-            raise TypeError(f"{index}: the matrices of a merged kernel are cut by slices alone")
+        assert isinstance(rows, slice) and isinstance(columns, slice), index
         a, b = self._a[(*stack, rows)], self._b[(*stack, slice(None), columns)]
         return Merged(self._kernel[index], a, b, self._scale, self._factor)
 
