@@ -112,6 +112,32 @@ def test_separate_experts_are_read_where_they_lie(product: Any, family: str, dty
         assert f"[{n_experts},{WIDTH},{FFN}]" not in text and f"[{WIDTH},{FFN}]" in text
 
 
+@pytest.mark.parametrize("product", [TPU, GPU, products.plain])
+def test_separate_experts_have_derivatives(product: Any) -> None:
+    """As `analyse` takes them, by the tokens and by the weights."""
+    n_experts, tokens = 2, 140
+    p = small_models.fill(layers.mlp_leaves("phi", WIDTH, FFN, (n_experts,)))
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.standard_normal((1, tokens, WIDTH)), jnp.float32)
+    choice, weight = chosen("mixed", tokens, n_experts, 1), jnp.full((1, tokens, 1), 0.7)
+
+    def gradient(form: Any, p: Any) -> Any:
+        def total(p: Any, x: Any) -> Any:
+            y = form(p, x, choice, weight, n_experts)
+            return (y * jnp.sin(jnp.arange(y.size)).reshape(y.shape)).sum()
+
+        return jax.jit(jax.grad(total, (0, 1)))(p, x)
+
+    want, want_x = gradient(experts.reference, p)
+    fast = partial(experts._tiled, product=product)
+    have, have_x = gradient(fast, experts.separate(p, n_experts, 1))
+    np.testing.assert_allclose(have_x, want_x, atol=1e-5)
+    for e, found in enumerate(have):
+        for a, b in zip(*map(jax.tree.leaves, (found, experts.expert(want, e))), strict=True):
+            scale = max(1.0, np.abs(b).max())
+            np.testing.assert_allclose(a / scale, b / scale, atol=1e-5)
+
+
 def test_in_a_scan_that_recomputes_and_in_half_precision() -> None:
     """As in the decoder of a large model."""
     stack, n_experts, tokens = 2, 2, 140

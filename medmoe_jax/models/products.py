@@ -12,6 +12,7 @@ our own. Those for a GPU are Triton kernels by way of Pallas.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, Protocol
 
@@ -38,6 +39,46 @@ def plain(rows: Array, kernels: Kernels, sizes: Array, *, tile: int) -> Array:
     del tile
     stacked = jnp.stack(kernels) if isinstance(kernels, list) else kernels
     return jax.lax.ragged_dot(rows, stacked, sizes)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _apart(
+    form: Callable[..., Array],
+    stacked: Callable[..., Array],
+    rows: Array,
+    kernels: list[Array],
+    sizes: Array,
+) -> Array:
+    """form(rows, kernels, sizes) of separate kernels, with the derivative of `stacked`.
+
+    That is for one array of them. So they are copied into one only where something is derived.
+    """
+    return form(rows, kernels, sizes)
+
+
+def _apart_forward(
+    form: Callable[..., Array],
+    stacked: Callable[..., Array],
+    rows: Array,
+    kernels: list[Array],
+    sizes: Array,
+) -> tuple[Array, tuple[Array, list[Array], Array]]:
+    return form(rows, kernels, sizes), (rows, kernels, sizes)
+
+
+def _apart_backward(
+    form: Callable[..., Array],
+    stacked: Callable[..., Array],
+    kept: tuple[Array, list[Array], Array],
+    dy: Array,
+) -> tuple[Array, list[Array], None]:
+    rows, kernels, sizes = kept
+    _, pull = jax.vjp(lambda *given: stacked(*given, sizes), rows, jnp.stack(kernels))
+    drows, dkernels = pull(dy)
+    return drows, list(dkernels), None
+
+
+_apart.defvjp(_apart_forward, _apart_backward)
 
 
 def _blocks(size: int, limit: int) -> list[int]:
@@ -166,8 +207,9 @@ def tpu(
     rows: Array, kernels: Kernels, sizes: Array, *, tile: int, interpret: bool = False
 ) -> Array:
     """The product on a TPU, and its derivatives: megablox."""
+    rest = {"tile": tile, "interpret": interpret}
     if isinstance(kernels, list):
-        return _tpu_each(rows, kernels, sizes, tile, interpret)
+        return _apart(partial(_tpu_each, **rest), partial(tpu, **rest), rows, kernels, sizes)
     return _tpu(rows, kernels, sizes, tile, interpret)
 
 
@@ -304,7 +346,9 @@ def gpu(
         _say(k, n)
         return plain(rows, kernels, sizes, tile=tile)
     if isinstance(kernels, list):
-        return _gpu_rows(rows, kernels, sizes, interpret, transposed=False)
+        form = partial(_gpu_rows, interpret=interpret, transposed=False)
+        stacked = partial(gpu, tile=tile, interpret=interpret)
+        return _apart(form, stacked, rows, kernels, sizes)
     return _gpu(rows, kernels, sizes, interpret)
 
 
