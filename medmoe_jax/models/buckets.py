@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from medmoe_jax.models.grouped import by_size, group_sizes, over_groups, padded
 from medmoe_jax.models.layers import Array
-from medmoe_jax.models.products import Kernels
+from medmoe_jax.models.products import Kernels, together
 
 
 def _rows(rows: Array, kernels: Array, sizes: Array, axis: int) -> Array:
@@ -59,5 +59,4 @@ _product.defvjp(_forward, _backward)
 def cpu(rows: Array, kernels: Kernels, sizes: Array, *, tile: int) -> Array:
     """The product on a CPU, and its derivatives. Any `tile` will do, 1 wastes no rows."""
     del tile
-    stacked = jnp.stack(kernels) if isinstance(kernels, list) else kernels
-    return _product(rows, stacked, sizes)
+    return _product(rows, together(kernels), sizes)

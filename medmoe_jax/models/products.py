@@ -3,7 +3,8 @@
 All take rows [R, K] in tiles that belong to one expert each (`tiles.layout`), kernels [E, K, N] and
 sizes i32[E], the rows of each expert. Rows behind those of the last expert give zero and cost
 nothing. `R` is a multiple of the tile and so are the sizes. The kernels may also be a list of E
-arrays [K, N], as in generation: they are read where they lie, and nothing is derived.
+arrays [K, N], as in generation: they are read where they lie, and copied into one array only where
+something is derived.
 
 Source: the TPU kernels are those of `jax.experimental.pallas.ops.tpu.megablox`, with block sizes of
 our own. Those for a GPU are Triton kernels by way of Pallas.
@@ -23,8 +24,8 @@ from medmoe_jax.models.layers import Array
 
 VMEM = 13 * 2**20  # bytes of a TPU core's vector memory (16 MiB are usable) for one kernel's blocks
 
-
 Kernels = Array | list[Array]
+Form = Callable[[Array, Any, Array], Array]  # rows, kernels, sizes -> the product
 
 
 class Product(Protocol):
@@ -37,43 +38,31 @@ def plain(rows: Array, kernels: Kernels, sizes: Array, *, tile: int) -> Array:
     """The product as XLA has it: right everywhere, at the cost of all experts where XLA has no
     kernel for it (GPU and CPU)."""
     del tile
-    stacked = jnp.stack(kernels) if isinstance(kernels, list) else kernels
-    return jax.lax.ragged_dot(rows, stacked, sizes)
+    return jax.lax.ragged_dot(rows, together(kernels), sizes)
+
+
+def together(kernels: Kernels) -> Array:
+    """The kernels as one array [E, K, N]."""
+    return jnp.stack(kernels) if isinstance(kernels, list) else kernels
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _apart(
-    form: Callable[..., Array],
-    stacked: Callable[..., Array],
-    rows: Array,
-    kernels: list[Array],
-    sizes: Array,
-) -> Array:
-    """form(rows, kernels, sizes) of separate kernels, with the derivative of `stacked`.
-
-    That is for one array of them. So they are copied into one only where something is derived.
-    """
+def _apart(form: Form, whole: Form, rows: Array, kernels: list[Array], sizes: Array) -> Array:
+    """The product of `form`, for separate kernels; derived as `whole`, for one array."""
     return form(rows, kernels, sizes)
 
 
 def _apart_forward(
-    form: Callable[..., Array],
-    stacked: Callable[..., Array],
-    rows: Array,
-    kernels: list[Array],
-    sizes: Array,
+    form: Form, whole: Form, rows: Array, kernels: list[Array], sizes: Array
 ) -> tuple[Array, tuple[Array, list[Array], Array]]:
     return form(rows, kernels, sizes), (rows, kernels, sizes)
 
 
 def _apart_backward(
-    form: Callable[..., Array],
-    stacked: Callable[..., Array],
-    kept: tuple[Array, list[Array], Array],
-    dy: Array,
+    form: Form, whole: Form, kept: tuple[Array, list[Array], Array], dy: Array
 ) -> tuple[Array, list[Array], None]:
     rows, kernels, sizes = kept
-    _, pull = jax.vjp(lambda *given: stacked(*given, sizes), rows, jnp.stack(kernels))
+    _, pull = jax.vjp(lambda rows, kernels: whole(rows, kernels, sizes), rows, together(kernels))
     drows, dkernels = pull(dy)
     return drows, list(dkernels), None
 
@@ -347,8 +336,8 @@ def gpu(
         return plain(rows, kernels, sizes, tile=tile)
     if isinstance(kernels, list):
         form = partial(_gpu_rows, interpret=interpret, transposed=False)
-        stacked = partial(gpu, tile=tile, interpret=interpret)
-        return _apart(form, stacked, rows, kernels, sizes)
+        whole = partial(gpu, tile=tile, interpret=interpret)
+        return _apart(form, whole, rows, kernels, sizes)
     return _gpu(rows, kernels, sizes, interpret)
 
 
