@@ -26,10 +26,8 @@ import numpy as np
 
 from medmoe_jax import stored
 from medmoe_jax.config import ConfigError, LoraConfig, RunConfig
-from medmoe_jax.lora import merged
 from medmoe_jax.lora.merged import Merged
 from medmoe_jax.models.quantized import is_quantized
-from medmoe_jax.stored import Stored
 
 A, B, DROPOUT = "lora_a", "lora_b", "dropout"
 # What can have adapters -> paths of its kernels.
@@ -169,8 +167,8 @@ def merge(tree: Any, scale: float) -> Any:
     be rounded to it once more.
 
     Args:
-      tree: parameters, stacked or from `decoder.unstack`. Host arrays give new ones; kernels on
-        disk (`stored.Stored`) are read and added to when they are wanted.
+      tree: parameters, stacked or from `decoder.unstack`. Kernels on disk (`stored.Stored`) are
+        read and added to when they are wanted.
       scale: see `LoraConfig.scale`.
     """
     if isinstance(tree, tuple) and not hasattr(tree, "_fields"):
@@ -183,12 +181,8 @@ def merge(tree: Any, scale: float) -> Any:
     kernel = tree["kernel"]
     if is_quantized(kernel):
         return rest | {A: tree[A], B: tree[B] * scale}
-    if isinstance(kernel, Stored):
+    if isinstance(kernel, stored.Stored):
         return rest | {"kernel": Merged(kernel, np.asarray(tree[A]), np.asarray(tree[B]), scale)}
-    if isinstance(kernel, np.ndarray):
-        whole = kernel.copy()
-        merged.add(whole, tree[A], tree[B], scale)
-        return rest | {"kernel": whole}
     return rest | {"kernel": _add(kernel, tree[A], tree[B], scale)}
 
 

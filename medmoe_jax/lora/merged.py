@@ -49,20 +49,9 @@ class Merged(Stored):
         )
 
     def _read(self) -> np.ndarray:
+        """The sums, matrix by matrix in float32, rounded to the kernel's dtype."""
         found = np.asarray(self._kernel)
-        add(found, self._a, self._b, self._scale)
+        for at in np.ndindex(*self.shape[:-2]):
+            product = np.float32(self._scale) * (self._a[at] @ self._b[at])
+            found[at] = (found[at].astype(np.float32) + product).astype(self.dtype)
         return found
-
-
-def add(kernel: np.ndarray, a: np.ndarray, b: np.ndarray, scale: float) -> None:
-    """kernel += scale a b, matrix by matrix in float32, rounded to the kernel's dtype.
-
-    Args:
-      kernel: [*stack, d_in, d_out], written to.
-      a: f32[*stack, d_in, r].
-      b: f32[*stack, r, d_out].
-      scale: of the product.
-    """
-    for at in np.ndindex(*kernel.shape[:-2]):
-        product = np.float32(scale) * (a[at] @ b[at])
-        kernel[at] = (kernel[at].astype(np.float32) + product).astype(kernel.dtype)
