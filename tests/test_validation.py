@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -18,6 +19,28 @@ from medmoe_jax.evaluation.report import report
 from medmoe_jax.models.quantized import dequantize, is_quantized
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
+
+
+def logged(workdir: Path, prefix: str) -> list[dict[str, float]]:
+    """What a run logged of its evaluations."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if any(key.startswith(prefix) for key in line)]
+
+
+def answers(model: medmoe_jax.Model, file: Path, rows: int, batch: int) -> list[dict[str, Any]]:
+    """What `predict` writes for the first rows of a file."""
+    asked, how = questions.read_questions(file)[:rows], medmoe_jax.Sampling(max_new_tokens=5)
+    stream = predict.replies(model, asked, file.parent / "images", how, batch_size=batch)
+    said = [predict.row(question, reply, "", "shown") for question, reply in stream]
+    return sorted(said, key=lambda row: row["question_id"])
+
+
+def assert_figures(found: dict[str, float], prefix: str, file: Path, said: list[Any]) -> None:
+    """A logged line is the report on these answers."""
+    want = report(json.loads(file.read_text())[: len(said)], said, samples=0)["summary"]
+    assert {f"{prefix}{k}": v for k, v in want.items() if v is not None} == {
+        k: v for k, v in found.items() if k != "step"
+    }
 
 
 def test_figures_are_those_of_the_finished_model(tmp_path: Path) -> None:
@@ -35,22 +58,11 @@ def test_figures_are_those_of_the_finished_model(tmp_path: Path) -> None:
         ),
     )
     train.train(tiny_runs.run_config(cfg, start, file), tmp_path / "run")
-    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    found = [line for line in lines if any(key.startswith("held out/") for key in line)]
+    found = logged(tmp_path / "run", "held out/")
     assert [line["step"] for line in found] == [2, 3]
 
     model = medmoe_jax.load(tmp_path / "run" / "model")
-    asked = questions.read_questions(file)[:6]
-    how = medmoe_jax.Sampling(max_new_tokens=5)
-    stream = predict.replies(model, asked, file.parent / "images", how, batch_size=3)
-    said = sorted(
-        (predict.row(q, reply, "", "shown") for q, reply in stream), key=lambda r: r["question_id"]
-    )
-    rows = json.loads(file.read_text())[:6]
-    want = report(rows, said, samples=0)["summary"]
-    assert {f"held out/{k}": v for k, v in want.items() if v is not None} == {
-        k: v for k, v in found[-1].items() if k != "step"
-    }
+    assert_figures(found[-1], "held out/", file, answers(model, file, rows=6, batch=3))
     assert "held out/closed accuracy" in found[-1] and "held out/open recall" in found[-1]
 
 
@@ -70,8 +82,7 @@ def test_adapters_beside_8_bits(tmp_path: Path) -> None:
         evaluation=EvaluationConfig(every=4, file=str(file), max_new_tokens=5),
     )
     train.train(tiny_runs.run_config(cfg, start, file), tmp_path / "run")
-    lines = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    found = next(line for line in lines if any(key.startswith("val/") for key in line))
+    found = logged(tmp_path / "run", "val/")[0]
 
     adapters = checkpoint.read_params(tmp_path / "run" / "model")
     params, meta = checkpoint.load_model(start)
@@ -84,20 +95,10 @@ def test_adapters_beside_8_bits(tmp_path: Path) -> None:
     model = dataclasses.replace(
         medmoe_jax.load(start), params=generate.for_generation(whole, meta.model)
     )
-    asked = questions.read_questions(file)
-    how = medmoe_jax.Sampling(max_new_tokens=5)
-    stream = predict.replies(model, asked, file.parent / "images", how, batch_size=8)
-    said = sorted(
-        (predict.row(q, reply, "", "shown") for q, reply in stream), key=lambda r: r["question_id"]
-    )
-    want = report(json.loads(file.read_text()), said, samples=0)["summary"]
-    assert {f"val/{k}": v for k, v in want.items() if v is not None} == {
-        k: v for k, v in found.items() if k != "step"
-    }
-    untrained = predict.replies(
-        medmoe_jax.load(start), asked, file.parent / "images", how, batch_size=8
-    )
-    assert [reply.text for _, reply in untrained] != [row["text"] for row in said]
+    said = answers(model, file, rows=8, batch=8)
+    assert_figures(found, "val/", file, said)
+    untrained = answers(medmoe_jax.load(start), file, rows=8, batch=8)
+    assert [row["text"] for row in untrained] != [row["text"] for row in said]
 
 
 def test_a_missing_file_stops_before_training(tmp_path: Path) -> None:
