@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -128,12 +129,26 @@ def test_what_a_gpu_run_lacks_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "medmoe_jax[cuda]" in accelerator.fault("gpu")
 
 
-def test_memory_of_the_host_is_what_was_held_at_once() -> None:
+def test_memory_of_the_host_is_what_no_file_backs() -> None:
     host = HostMemory()
     held = np.ones(2**23)
-    time.sleep(0.1)
-    del held
     assert 60 * 2**20 < host.end() < 90 * 2**20
+    assert held.nbytes == 64 * 2**20  # and was held until then
+
+
+def test_memory_of_the_host_is_what_was_held_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, looked = iter([100, 350]), threading.Event()
+
+    def held() -> int:
+        found = next(seen, 0)
+        if not found:  # 350 was read before, and is kept by now
+            looked.set()
+        return found or 200
+
+    monkeypatch.setattr(HostMemory, "_held", staticmethod(held))
+    host = HostMemory()
+    assert looked.wait(60)
+    assert host.end() == 250
 
 
 def test_the_tables_have_medians_and_shares() -> None:
