@@ -8,14 +8,16 @@
 #   bash launch/slurm.sh --dry-run ...                   prints what the job would run
 #
 # Needs: SLURM 20.11 or newer, an environment with `pip install -e '.[cuda]'` that all nodes see
-# (MEDMOE_ENV names it, default .venv), and --workdir on a disk that all nodes see. The account, the
-# partition and the time are your cluster's: give them to sbatch or in SBATCH_ACCOUNT,
-# SBATCH_PARTITION, SBATCH_TIMELIMIT.
+# (MEDMOE_ENV names it, default .venv), and --workdir on a disk that all nodes see. Submit it in the
+# repository's folder, where configs/ is. The account, the partition and the time are your cluster's:
+# give them to sbatch or in SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_TIMELIMIT.
 # Costs to change: the lines below are defaults; every one of them can be given to sbatch instead.
 # All arguments go to `python -m medmoe_jax.train` as they are. The processes find each other by
 # jax.distributed; a process takes all GPUs of its node, or its share of them.
-# Before the time is up, and where a job is pre-empted, the processes get SIGTERM: they save and end
-# with status 75, and the job is put back into the queue; it goes on from its checkpoint.
+# Before the time is up (--signal: 180 seconds, for Phi-2's phase 3 to save 47 GiB; more on a slow
+# disk), and where a job is pre-empted (as long as the partition's GraceTime), the processes get
+# SIGTERM: they save and end with status 75, and the job is put back into the queue; it goes on from
+# its checkpoint. Output: slurm-medmoe-JOB.log.
 #
 #SBATCH --job-name=medmoe
 #SBATCH --nodes=1
@@ -34,7 +36,7 @@ if [ "${1:-}" = --dry-run ]; then
   shift
 fi
 if [ $# -eq 0 ]; then
-  sed -n '2,18p' "$0" >&2
+  sed -n '2,20p' "$0" >&2
   exit 2
 fi
 

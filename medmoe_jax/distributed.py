@@ -23,7 +23,9 @@ from jax.experimental import multihost_utils
 
 from medmoe_jax.config import ClusterConfig, ConfigError
 
-PREEMPTED = 75  # exit status of a run that should be started again; EX_TEMPFAIL of sysexits.h
+# Exit statuses of a run that should be started again, after sysexits.h.
+PREEMPTED = 75  # it was asked to end, and is saved; EX_TEMPFAIL
+LOST = 69  # another of its processes is gone; EX_UNAVAILABLE
 
 
 class Preempted(RuntimeError):
@@ -165,13 +167,14 @@ def preemption() -> Iterator[Callable[[int], bool]]:
             signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
-def stop(message: str) -> NoReturn:
-    """Ends this process with a message and status 1.
+def stop(message: str, status: int = 1) -> NoReturn:
+    """Ends this process with a message and an exit status.
 
     One of several ends at once, without the farewell at which JAX would wait for processes that
     may be gone; the others then notice that this one is.
     """
     if jax.process_count() == 1:
-        sys.exit(message)
+        print(message, file=sys.stderr, flush=True)
+        sys.exit(status)
     print(f"{message} (process {jax.process_index()})", file=sys.stderr, flush=True)
-    os._exit(1)
+    os._exit(status)

@@ -319,7 +319,7 @@ def train(cfg: RunConfig, workdir: Path) -> None:
 
 def main(_: list[str]) -> None:
     """Runs the phase of --config; faults in the user's input end with a message and status 1, a run
-    that was asked to end with status 75."""
+    that was asked to end with status 75, one of several processes that has lost another with 69."""
     logging.set_verbosity(logging.WARNING)
     try:
         distributed.join(flags.FLAGS.config.cluster)
@@ -340,7 +340,8 @@ def main(_: list[str]) -> None:
             raise
         distributed.stop(
             f"error: {error}\nProbably another process of this run has ended; its own output says "
-            "why. Start all of them again: the run goes on from its last checkpoint"
+            "why. Start all of them again: the run goes on from its last checkpoint",
+            distributed.LOST,
         )
 
 

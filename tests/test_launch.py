@@ -26,6 +26,7 @@ SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 # An override with everything that a shell would take apart.
 TRAIN = ["--config", "configs/stage3.py:tiny", "--config.data.files=('a b.json', \"c'd.json\")"]
 TAIL = ["-m", "medmoe_jax.train", *TRAIN]
+GKE = ["--cluster", "c", "--zone", "z", "--image", "i"]
 
 
 def run(*command: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -78,8 +79,8 @@ def test_a_dry_run_passes_the_arguments_through(words: list[str]) -> None:
         ),
         (
             [
-                *("gke_xpk.sh", "--dry-run", "--cluster", "c", "--zone", "z"),
-                *("--type", "v5litepod-16", "--image", "i", "--slices", "2"),
+                *("gke_xpk.sh", "--dry-run", *GKE),
+                *("--type", "v5litepod-16", "--slices", "2"),
             ],
             "xpk workload create --cluster=c --zone=z --workload=medmoe --device-type=v5litepod-16"
             " --num-slices=2 --docker-image=i",
@@ -106,6 +107,7 @@ def test_a_remote_command_is_quoted_once_more(words: list[str], first: str, inne
         (["tpu_vm.sh", "train", "n", "--zone", "z"], "behind --"),
         (["tpu_vm.sh", "train", "n"], "--zone is missing"),
         (["gke_xpk.sh", "--cluster", "c"], "--zone is missing"),
+        (["gke_xpk.sh", *GKE, "--type", "h100-80gb-8", "--", *TRAIN], "is no TPU slice"),
         (["slurm.sh", *TRAIN], "this is no SLURM job"),
         (["local.py", *TRAIN], "behind --"),
         (["local.py", "--gpus", "--", *TRAIN], "--gpus needs --devices"),
@@ -139,10 +141,71 @@ def test_a_slurm_job_that_saved_goes_back_into_the_queue(tmp_path: Path) -> None
     assert done.returncode == 1 and "queue" not in done.stdout
 
 
+def test_phases_follow_one_another() -> None:
+    """Each starts from the model of the one before."""
+    done = run("bash", LAUNCH / "phases.sh", "--dry-run", "tiny", "start", "a b", "images", "runs")
+    lines = [shlex.split(line) for line in done.stdout.splitlines()]
+    named = [dict(word.split("=", 1) for word in line if "=" in word) for line in lines]
+    assert [words["--config.init"] for words in named] == [
+        *("start", "runs/stage1/model", "runs/stage2/model", "runs/router/model")
+    ]
+    assert named[3]["--config.data.files"] == "('a b/train_all.json',)"
+    assert [line[4] for line in lines] == [
+        f"configs/{name}.py:tiny" for name in ("stage1", "stage2", "router", "stage3")
+    ]
+
+
+def gcloud(folder: Path, *answers: str) -> dict[str, str]:
+    """Variables with a stand-in for gcloud first on the PATH. It writes down how it was called, and
+    gives the next of `answers`, "status text", where it is asked to train or to describe."""
+    (folder / "answers").write_text("".join(f"{answer}\n" for answer in answers))
+    (folder / "gcloud").write_text(
+        f"""#!/bin/bash
+echo "${{*:3}}" | sed -n 1p >> {folder}/log
+case "$*" in
+  *describe* | *medmoe_jax.train*)
+    read -r status text < {folder}/answers
+    sed -i 1d {folder}/answers
+    echo "$text"
+    exit "$status" ;;
+esac
+"""
+    )
+    (folder / "gcloud").chmod(0o755)
+    return {"PATH": f"{folder}:{os.environ['PATH']}"}
+
+
+def test_a_spot_slice_that_was_taken_away_is_asked_for_again(tmp_path: Path) -> None:
+    path = gcloud(
+        tmp_path, "255", "0 PREEMPTED", "0 WAITING_FOR_RESOURCES", "0 ACTIVE", "75", "0 READY", "0"
+    )
+    words = ["train", "n", "--zone", "z", "--poll", "0", "--mount", "mount it", "--spot"]
+    done = run("bash", LAUNCH / "tpu_vm.sh", *words, "--type", "v6e-16", "--", *TRAIN, **path)
+    assert done.returncode == 0, done.stderr
+    said = [line.split()[:2] for line in (tmp_path / "log").read_text().splitlines()]
+    train, look = ["tpu-vm", "ssh"], ["tpu-vm", "describe"]
+    queue = [["queued-resources", verb] for verb in ("delete", "create", "describe", "describe")]
+    setup = [["tpu-vm", verb] for verb in ("scp", "ssh", "ssh")]
+    assert said == [train, look, *queue, *setup, train, look, train]
+    log = (tmp_path / "log").read_text()
+    assert "--accelerator-type=v6e-16 --runtime-version=v2-alpha-tpuv6e --spot" in log
+    assert "cd medmoe_jax && mount it" in log
+
+
+def test_a_run_on_a_tpu_that_ends_by_its_own_fault_is_not_started_again(tmp_path: Path) -> None:
+    words = ["train", "n", "--zone", "z", "--", *TRAIN]
+    done = run("bash", LAUNCH / "tpu_vm.sh", *words, **gcloud(tmp_path, "1", "0 READY"))
+    assert done.returncode == 1
+    done = run("bash", LAUNCH / "tpu_vm.sh", *words, **gcloud(tmp_path, "255", "0 PREEMPTED"))
+    assert done.returncode == 255 and "n was taken away" in done.stderr
+    done = run("bash", LAUNCH / "tpu_vm.sh", *words, **gcloud(tmp_path, "69", "1", "0"))
+    assert done.returncode == 0 and "starting again" in done.stdout
+
+
 def test_skypilot_task() -> None:
     """Two nodes find each other, and TRAIN is taken apart as a shell does."""
     task = yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
-    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
+    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [69, 75]
     script = task["run"].replace(".venv/bin/python", "printf '%s\\n'")
     nodes = {"SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2"}
     nodes |= {"SKYPILOT_NODE_RANK": "1", "EXTRA": "cuda"}
@@ -191,8 +254,8 @@ print(json.dumps([read.name, read.num_nodes, need.accelerators, need.use_spot, r
 @pytest.mark.slow
 def test_xpk_takes_the_command() -> None:
     """XPK's own parser knows all options of `gke_xpk.sh`."""
-    options = ["--cluster", "c", "--zone", "z", "--type", "v5litepod-16", "--image", "i"]
-    done = run("bash", LAUNCH / "gke_xpk.sh", "--dry-run", *options, "--slices", "2", "--", *TRAIN)
+    options = [*GKE, "--type", "v5litepod-16", "--slices", "2"]
+    done = run("bash", LAUNCH / "gke_xpk.sh", "--dry-run", *options, "--", *TRAIN)
     script = """
 import argparse, json, sys
 from xpk.parser.core import set_parser
@@ -204,7 +267,8 @@ print(json.dumps({key: value for key, value in found.items() if not callable(val
     words = shlex.split(done.stdout.splitlines()[0])
     found = with_python_of("xpk", "xpk", script, *words[1:])
     want = {"device_type": "v5litepod-16", "num_slices": 2, "docker_image": "i", "zone": "z"}
-    assert found | want | {"restart_on_exit_codes": "75"} == found
+    assert found | want | {"restart_on_exit_codes": "69,75"} == found
+    assert found["termination_grace_period_seconds"] == "300"
     assert shlex.split(found["command"])[1:] == TAIL
 
 
