@@ -1,5 +1,5 @@
 """What a phase of training leaves behind about itself in its model folder: data with their
-licences, settings and outcome (`ModelMeta.phases`). `card.py` makes a model card of it.
+licences, settings and outcome (`ModelMeta.phases`). `card/` makes a model card of it.
 """
 
 from __future__ import annotations
