@@ -140,6 +140,7 @@ def gather(folder: Path) -> Path:
     config |= {"docs_dir": "pages", "site_dir": "site"}
     handler = config["plugins"][1]["mkdocstrings"]["handlers"]["python"]
     handler["paths"] = [str(ROOT)]
+    handler["options"]["extensions"] = [str(ROOT / "docs/field_comments.py")]
     file = folder / "mkdocs.yml"
     file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
     return file

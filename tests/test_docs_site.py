@@ -5,6 +5,7 @@ from __future__ import annotations
 import runpy
 from pathlib import Path
 
+import griffe
 import pytest
 import yaml
 from doc_blocks import ROOT
@@ -46,3 +47,13 @@ def test_every_page_and_every_module_has_its_place(tmp_path: Path) -> None:
     modules = {p for p in (ROOT / "medmoe_jax").rglob("*.py") if not p.name.startswith("__main")}
     assert len(modules) == sum(path.parent.name == "api" for path in written)
     assert (tmp_path / "site/pages/assets/architecture.svg").is_file()
+
+
+def test_a_field_is_described_by_the_comment_behind_it(tmp_path: Path) -> None:
+    fields = '    a: str = "\u00e4 # b"  # what it is\n    b: int = 0\n'
+    (tmp_path / "sample.py").write_text(f"class C:\n{fields}\nc: int = 1  # not a field\n")
+    extensions = griffe.load_extensions(str(ROOT / "docs/field_comments.py"))
+    module = griffe.load("sample", search_paths=[tmp_path], extensions=extensions)
+    said = {name: module[name].docstring for name in ("C.a", "C.b", "c")}
+    assert said.pop("C.a").value == "what it is"
+    assert said == {"C.b": None, "c": None}
