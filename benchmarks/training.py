@@ -237,7 +237,8 @@ def main() -> None:
     add = parser.add_argument
     add("--quick", action="store_true", help="a tiny model: does it run at all?")
     add("--sweep", action="store_true", help="also with more and fewer tokens, experts, layers")
-    add("--remat", default="dots", help="what our step recomputes: none, dots, experts, full")
+    kinds = "what our step recomputes: none, dots, experts, attention, full"
+    add("--remat", default="dots", help=kinds)
     add("--repeats", type=int, default=7, help="timed runs of each side")
     add("--one-thread", action="store_true", help="CPU time on one core")
     wait = "seconds for each figure to wait for quiet moments of the machine"
