@@ -33,7 +33,7 @@ from accelerator_side import DTYPE, Result, Task
 from flax.traverse_util import flatten_dict
 from timing import Figure, conditions, table
 
-from medmoe_jax import hardware, presets
+from medmoe_jax import flops, hardware, presets
 from medmoe_jax.config import ConfigError, ModelConfig, MoeConfig, RunConfig
 from medmoe_jax.convert.table import Row
 from medmoe_jax.data import phantom
@@ -141,11 +141,11 @@ def compare(losses: Sequence[Sequence[float]], scores: Sequence[np.ndarray]) -> 
 def decode_bytes(model: ModelConfig, rows: int, places: float) -> float:
     """Bytes that one decoding step cannot do without, in 16 bits: every weight but those of experts
     that nobody chose (experts being equally likely), and the cache of `places` places a row."""
-    total, moe = 0.0, model.moe
+    total = 0.0
     for path, leaf in flatten_dict(medmoe.shapes(model)["llm"], sep="/").items():
         share = 1.0
-        if path.startswith("moe/experts/") and moe is not None:
-            share = 1 - (1 - moe.active / moe.experts) ** rows
+        if path.startswith("moe/experts/"):
+            share = flops.chosen(model.moe, rows)
         elif path.startswith("embed/"):
             share = rows / model.llm.vocab
         total += 2 * share * leaf.size
@@ -153,7 +153,7 @@ def decode_bytes(model: ModelConfig, rows: int, places: float) -> float:
     return total + 2 * rows * places * llm.layers * 2 * llm.kv_heads * llm.head_dim
 
 
-def limits(task: Task, flops: float, kind: str) -> dict[str, float]:
+def limits(task: Task, work: float, kind: str) -> dict[str, float]:
     """Figure -> least seconds by the published figures of the device; {} where there are none."""
     chip = hardware.by_kind(kind)
     if chip is None:
@@ -164,7 +164,7 @@ def limits(task: Task, flops: float, kind: str) -> dict[str, float]:
         for rows in task.batches
     }
     least = {name: nbytes / chip.bandwidth for name, nbytes in decode.items()}
-    return least | {"train step": flops / chip.peak[DTYPE]}
+    return least | {"train step": work / chip.peak[DTYPE]}
 
 
 def joined(results: Sequence[Result]) -> Result:

@@ -15,7 +15,7 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from medmoe_jax.config import ModelConfig, RunConfig
+from medmoe_jax.config import ModelConfig, MoeConfig, RunConfig
 from medmoe_jax.optim import TRAIN
 
 
@@ -30,6 +30,12 @@ class Costs(NamedTuple):
         """FLOPs for samples of so many tokens each, with so many images in all."""
         pairs = sum(n * (n + 1) / 2 for n in lengths)
         return self.token * sum(lengths) + self.pair * pairs + self.image * images
+
+
+def chosen(moe: MoeConfig | None, tokens: int) -> float:
+    """Share of the experts that at least one of so many tokens chooses, all being equally likely;
+    1 without experts."""
+    return 1.0 if moe is None else 1.0 - (1.0 - moe.active / moe.experts) ** tokens
 
 
 class _Label:

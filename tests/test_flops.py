@@ -32,6 +32,22 @@ def costs(
     return flops.costs(cfg, layout.model_of(cfg), label)
 
 
+@pytest.mark.parametrize(
+    ("moe", "tokens", "share"),
+    [
+        (None, 5, 1.0),
+        (MoeConfig(4, top_k=1), 1, 1 / 4),
+        (MoeConfig(4, top_k=1), 2, 7 / 16),  # the second token finds it chosen in 1 case of 4
+        (MoeConfig(4, top_k=2), 2, 3 / 4),
+        (MoeConfig(4, routing="uniform"), 1, 1.0),
+    ],
+)
+def test_share_of_experts_that_tokens_choose(
+    moe: MoeConfig | None, tokens: int, share: float
+) -> None:
+    assert flops.chosen(moe, tokens) == share
+
+
 @pytest.mark.parametrize(("family", "ffn"), [("phi", 2 * D * F), ("stablelm", 3 * D * F)])
 def test_what_trains_counts_three_times(family: str, ffn: int) -> None:
     """Forward: twice the numbers of the weights; all of them train: three times that."""

@@ -12,6 +12,7 @@ import small_models
 
 from medmoe_jax import flops, layout, optim, sharding, step
 from medmoe_jax.config import MeshConfig, OptimConfig, RunConfig
+from medmoe_jax.models import grouped, layers
 from medmoe_jax.plan import hlo
 
 
@@ -56,6 +57,25 @@ def test_branches_and_loops_of_unknown_length() -> None:
 
     found = compiled(loop, (64, 128), (128, 128))
     assert found.endless == 1 and found.flops == 2 * 64 * 128 * 128
+
+
+def test_experts_that_nobody_chose_do_nothing() -> None:
+    """Three tokens, each expert with room for all of them; the branch of none only returns."""
+    shapes = layers.mlp_leaves("stablelm", 32, 48, (4,))
+    p = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32),
+        shapes,
+        is_leaf=lambda leaf: isinstance(leaf, layers.Leaf),
+    )
+    x, weight = (jax.ShapeDtypeStruct((1, 3, n), jnp.float32) for n in (32, 1))
+    choice = jax.ShapeDtypeStruct((1, 3, 1), jnp.int32)
+    run = jax.jit(grouped.grouped, static_argnums=4)
+    text = run.lower(p, x, choice, weight, 4).compile().as_text()
+    all_four, one = hlo.work(text), hlo.work(text, chosen=0.25)
+    assert all_four.flops == 4 * 3 * 2 * 3 * 32 * 48
+    assert one.flops == all_four.flops / 4
+    weights = 4 * 3 * 32 * 48  # bytes of an expert
+    assert 3 * weights <= all_four.traffic - one.traffic < 5 * weights  # and activations
 
 
 def test_a_step_is_its_model_flops() -> None:

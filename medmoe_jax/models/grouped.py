@@ -48,7 +48,8 @@ def by_size(sizes: list[int], count: Array, run: Callable[..., Any], empty: Any,
         return lambda *args: run(size, *args)
 
     which = (count > jnp.asarray(sizes[:-1])).sum()
-    return jax.lax.switch(which, [empty, *map(branch, sizes[1:])], *args)
+    with jax.named_scope("rows_of_expert"):  # `plan.hlo` finds it by this name
+        return jax.lax.switch(which, [empty, *map(branch, sizes[1:])], *args)
 
 
 def padded(rows: Array, sizes: list[int]) -> Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from medmoe_jax import flops, layout
 from medmoe_jax.config import RunConfig
 from medmoe_jax.plan import hlo
 from medmoe_jax.plan.programs import Program
@@ -82,8 +83,9 @@ def plan(program: Program, cfg: RunConfig, target: Target, model: str, length: i
     if program.obstacle:
         return result
     # Devices along `expert` have room for all tokens of each other. Chosen equally often, each of
-    # their experts gets its share.
-    work = hlo.work(program.text, filled=1.0 / program.mesh.get("expert", 1))
+    # their experts gets its share; in decoding most are not chosen at all.
+    chosen = flops.chosen(layout.model_of(cfg).moe, result.tokens)
+    work = hlo.work(program.text, filled=1.0 / program.mesh.get("expert", 1), chosen=chosen)
     result.memory |= _memory(program)
     result.fits = None if limit is None else result.memory["peak"] <= limit
     result.compiled_flops, result.traffic = work.flops, work.traffic

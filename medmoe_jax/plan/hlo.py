@@ -2,7 +2,8 @@
 collectives, with the bodies of loops counted as often as they run.
 
 XLA's own `cost_analysis` counts a loop's body once and kernels not at all. Of the branches of a
-conditional the most costly is counted. All figures are those of one device.
+conditional the most costly is counted, except where it asks whether an expert was chosen. All
+figures are those of one device.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ SPLASH = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
 # Kernels of products of rows with the matrix of their expert: megablox on a TPU, which declares its
 # FLOPs, and ours on a GPU: Pallas does not hand on to Triton what a kernel declares.
 GROUPED, GROUPED_GPU = ("gmm", "tgmm"), "grouped_product"
+EXPERT = "rows_of_expert"  # the scope of conditionals of `models.grouped`
 # Custom calls that stand for no work of their own.
 MARKERS = (
     "Sharding",
@@ -81,14 +83,15 @@ class Work:
         return sum(c.sent for c in self.collectives.values())
 
 
-def work(text: str, filled: float = 1.0) -> Work:
+def work(text: str, filled: float = 1.0, chosen: float = 1.0) -> Work:
     """What a program does.
 
     Args:
       text: its optimised HLO (`Compiled.as_text()`).
       filled: share of the rows of `models.products` that experts own; the others are skipped.
+      chosen: share of the experts that some token chose; `models.grouped` skips the others.
     """
-    return _Reader(text, filled).total()
+    return _Reader(text, filled, chosen).total()
 
 
 def _is_element(op: Op) -> bool:
@@ -100,8 +103,8 @@ def _is_grouped(op: Op) -> bool:
 
 
 class _Reader:
-    def __init__(self, text: str, filled: float) -> None:
-        self._filled = filled
+    def __init__(self, text: str, filled: float, chosen: float) -> None:
+        self._filled, self._chosen = filled, chosen
         self._computations, self._entry = parse(text)
         partitions = re.search(r"num_partitions=(\d+)", text)
         self._partitions = int(partitions.group(1)) if partitions else 1
@@ -132,8 +135,7 @@ class _Reader:
         if op.kind == "while":
             return self._loop(op, fused)
         if op.kind == "conditional":
-            branches = [self._computation(name, fused) for name in op.called]
-            return max(branches, key=lambda w: (w.flops, w.traffic), default=Work())
+            return self._branch(op, fused)
         if op.kind == "call" or op.kind.startswith("async-start"):
             total = Work()
             for name in op.called:
@@ -155,6 +157,15 @@ class _Reader:
         elif op.kind == "custom-call":
             self._custom(within, op, result)
         return result
+
+    def _branch(self, op: Op, fused: bool) -> Work:
+        branches = [self._computation(name, fused) for name in op.called]
+        branches.sort(key=lambda w: (w.flops, w.traffic))
+        share = self._chosen if EXPERT in op.attributes else 1.0
+        total = Work()
+        for branch, times in zip(branches[-1:] + branches[:1], (share, 1 - share), strict=False):
+            total.add(branch, times)
+        return total
 
     def _operands(self, within: Computation, op: Op) -> list[Shape]:
         """Shapes of all operands, those of tuples one after the other."""
