@@ -17,12 +17,12 @@ PACKAGE = "medmoe_jax"
 # Module (regex) -> what it may import from this package (regex). The first match decides; what is
 # not listed sits above and may import everything but the entry points.
 ALLOWED = {
-    r"config|hardware|losses|metrics|stored|models\.quantized": r"",
+    r"config|hardware|losses|metrics|stored|models\.(quantized|one_row)": r"",
     r"sharding|distributed|compilation|optim|presets|sampling": r"config",
     r"lora(\.merged)?": r"config|stored|lora\.merged|models\.quantized",
     r"upcycle": r"config|stored",
     r"checkpoint": r"config|lora|stored|upcycle",
-    r"models\.layers": r"models\.quantized",
+    r"models\.layers": r"models\.(quantized|one_row)",
     r"models\.attention": r"models\.layers",
     r"models\.(grouped|products)": r"models\.layers",
     r"models\.buckets": r"models\.(layers|grouped|products)",

@@ -1,4 +1,5 @@
-"""Casts of kernels: what they give, and that XLA leaves them in the loop over layers."""
+"""Casts of kernels: what they give, and that XLA leaves them in the loop over layers. Products of
+one row."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medmoe_jax.models import layers, quantized
-from medmoe_jax.plan import hlo_text, targets
+from medmoe_jax.models import layers, one_row, quantized
+from medmoe_jax.plan import hlo, hlo_text, targets
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -69,3 +70,39 @@ def test_no_stack_of_casts() -> None:
 
     assert stacks(lambda w, dtype: w.astype(dtype)) > 0
     assert stacks(layers.cast) == 0
+
+
+@pytest.mark.parametrize("shape", [(5,), (1, 5), (1, 1, 5)])
+def test_one_row_beside_zeros(shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    x, kernel = rng.standard_normal(shape), rng.standard_normal((5, 7))
+    have = one_row.padded(jnp.matmul, jnp.asarray(x), jnp.asarray(kernel))
+    assert have.shape == (*shape[:-1], 7)
+    np.testing.assert_allclose(have, x @ kernel, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.tpu
+def test_one_row_reads_matrices_once_on_a_gpu() -> None:
+    """Phi-2's projections of a token to queries, keys and values."""
+    if not any(importlib.util.find_spec(f"jax_cuda{v}_plugin") for v in (13, 12)):
+        pytest.skip("JAX's CUDA plugin is not installed (extra plan-cuda)")
+    targets.prepare("h200:1")
+    place = jax.sharding.SingleDeviceSharding(targets.load("h200:1").devices[0])
+    width = 2560
+
+    def read(linear: Any) -> float:
+        def run(x: Any, scale: Any, kernels: Any) -> Any:
+            h = layers.layer_norm({"scale": scale, "bias": scale}, x, 1e-5)
+            return [linear({"kernel": kernel}, h) for kernel in kernels]
+
+        shapes = ((1, 1, width), (width,), *[(width, width)] * 3)
+        x, scale, *kernels = (
+            jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place) for shape in shapes
+        )
+        traced = jax.jit(run).trace(x, scale, kernels)
+        text = traced.lower(lowering_platforms=("cuda",)).compile().as_text()
+        return hlo.work(text).traffic / (3 * 2 * width * width)
+
+    assert read(lambda p, x: x @ p["kernel"]) > 1.9
+    assert read(layers.linear) < 1.05

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from medmoe_jax.models import quantized
+from medmoe_jax.models import one_row, quantized
 
 Array = jax.Array
 Params = dict[str, Any]
@@ -121,7 +121,7 @@ def linear(p: Params, x: Array) -> Array:
     if quantized.is_quantized(kernel):
         y = quantized.product(kernel, x)
     else:
-        y = x @ cast(kernel, x.dtype)
+        y = one_row.product(jnp.matmul, x, cast(kernel, x.dtype))
     if "lora_a" in p:
         y += low_rank(p, x, jnp.matmul)
     if "bias" not in p:
