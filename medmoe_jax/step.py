@@ -126,8 +126,11 @@ def make_step(
     model: ModelConfig,
     tx: optax.GradientTransformation,
     start: State | None = None,
-) -> Callable[[State, Flat, dict[str, Array]], tuple[State, dict[str, Array]]]:
-    """Compiles (state, frozen, batch) -> (state, metrics); the state's buffers are reused.
+) -> Callable[..., tuple[State, dict[str, Array]]]:
+    """Compiles (state, frozen, batch, seed) -> (state, metrics); the state's buffers are reused.
+
+    The seed (u32[]) is that of all that is random; left out it is `cfg.seed` and part of the
+    program, which another seed then cannot take from the compilation cache.
 
     With `start`, the state stays where `start` lies on the devices; left to itself, XLA may move a
     small leaf, and then the next step is compiled anew.
@@ -147,9 +150,11 @@ def make_step(
         loss = forward_loss(cfg, model, joined(flat, given), batch, key)
         return loss.rows.sum() + coef * loss.aux * loss.counts.sum(), loss
 
-    def step(state: State, frozen: Flat, batch: dict[str, Array]) -> tuple[State, dict[str, Array]]:
+    def step(
+        state: State, frozen: Flat, batch: dict[str, Array], seed: Array | int = cfg.seed
+    ) -> tuple[State, dict[str, Array]]:
         pieces = jax.tree.map(lambda x: dealt(x, parts), batch)
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(cfg.seed), state.step), parts)
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), parts)
 
         def gradient(part: dict[str, Array], key: Array) -> tuple[Flat, Loss]:
             by = differentiated(cfg, state.train)

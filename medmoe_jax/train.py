@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import app, flags, logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import config_flags
@@ -247,6 +248,7 @@ def train(cfg: RunConfig, workdir: Path) -> None:
     # --- loop ---
     validation = Validation(cfg, model, mesh) if cfg.evaluation.every else None
     run_step, trace = step.make_step(cfg, model, tx, state), Trace(cfg, workdir)
+    seed = np.uint32(cfg.seed % 2**32)  # not part of the program: other seeds use the same one
     rate, costs = optim.schedule(cfg.optim, total), flops.costs(cfg, model, label)
     patches = model.vision.patches
     reporter = Reporter(cfg, workdir, first, total, rate, data.samples, costs, patches)
@@ -264,7 +266,7 @@ def train(cfg: RunConfig, workdir: Path) -> None:
             batch = next(stream)
             waited = time.perf_counter() - asked
             arrays = sharding.place_batch(layout.on_device(batch), mesh)
-            state, metrics = run_step(state, frozen, arrays)
+            state, metrics = run_step(state, frozen, arrays, seed)
             trace.end(number, metrics)
             # The metrics of the step before are read while this one runs.
             reporter.flush()

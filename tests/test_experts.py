@@ -148,6 +148,21 @@ def test_one_program_whatever_is_chosen() -> None:
     assert len(traces) == 1
 
 
+@pytest.mark.parametrize("n_experts", [1, 2, 3])
+def test_all_chosen_are_not_sorted(n_experts: int) -> None:
+    p, found = parameters(n_experts), inputs(96, n_experts, n_experts, "mixed")
+    mixture, sorting = (
+        value_and_gradient(form, n_experts) for form in (experts.mixture, experts.grouped)
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5),
+        mixture(p, *found),
+        sorting(p, *found),
+    )
+    ways = jax.make_jaxpr(lambda *a: experts.mixture(p, *a, n_experts))(*found)
+    assert "sort" not in str(ways)
+
+
 def test_half_precision_stays() -> None:
     p = parameters(2)
     x, choice, weight = inputs(6, 2, 1, "mixed")

@@ -210,6 +210,20 @@ def test_noise_is_new_at_every_step(batch: Any) -> None:
     assert float(one(again, frozen, batch)[1]["loss"]) == float(first["loss"])
 
 
+def test_another_seed_takes_the_same_program(batch: Any) -> None:
+    model = small_models.config("stablelm", MoeConfig(4, top_k=2, noise=True), layers=1)
+    run = run_config(model, ("projector/.*",), optim=dataclasses.replace(SGD, lr=0.0))
+    tx, state, frozen = start(run, small_models.params(model))
+    one = step.make_step(run, model, tx)
+    other = step.make_step(dataclasses.replace(run, seed=7), model, tx)
+    texts = [f.lower(state, frozen, batch, np.uint32(7)).as_text() for f in (one, other)]
+    assert texts[0] == texts[1]
+    kept = jax.tree.map(jnp.copy, state)
+    _, given = one(kept, frozen, batch, np.uint32(7))
+    _, meant = other(state, frozen, batch)
+    assert float(given["loss"]) == float(meant["loss"])
+
+
 HALF = {"compute_dtype": "bfloat16", "remat": "full"}
 
 
