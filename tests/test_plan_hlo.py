@@ -144,18 +144,28 @@ def test_devices_that_are_alone_send_nothing() -> None:
 
 
 def test_a_collective_behind_products_counts_once() -> None:
-    """A TPU writes it into the fusion that starts it, into that beside it and into the last."""
-    gather = (
-        "  %g = f32[64,100] all-gather(%q), channel_id=7, replica_groups=[2,4]<=[8], dimensions={0}"
-    )
-    start = '  ROOT %c = u32[] custom-call(%g), custom_call_target="AsyncCollectiveStart"'
-    head = "(q: f32[16,100]) -> f32[64,100] {\n  %q = f32[16,100] parameter(0)\n"
-    parts = f"%first {head}{gather}\n{start}\n}}\n\n"
-    parts += "".join(f"%{name} {head}{gather}\n}}\n\n" for name in ("beside", "last"))
-    lines = [f"%{n} = f32[64,100] fusion(%x), kind=kCustom, calls=%{n}"
-             for n in ("first", "beside", "last")]  # fmt: skip
-    found = hlo.work(module(X, *lines, computations=parts)).collectives
-    assert found["all-gather"].count == 1 and found["all-gather"].sent == 3 * 6400
+    """A TPU writes it into the fusion that starts it, into that beside it and into the last. What
+    is to be gathered lies in the chip's own memory; the whole goes from hand to hand."""
+    part, whole = "f32[16,100]{1,0:S(1)}", "f32[64,100]"
+    gather = f"  %g = {whole} all-gather(%q), channel_id=7, replica_groups=[2,4]<=[8]\n"
+    given = f"  %q = {part} parameter(0)\n  %r = {whole} parameter(1)\n{gather}"
+    both, three = f"({part}, {whole})", f"({part}, {whole}, {whole})"
+    parts = f"%first (q: {part}) -> {both} {{\n  %q = {part} parameter(0)\n{gather}"
+    parts += f'  ROOT %c = {both} custom-call(%g), custom_call_target="AsyncCollectiveStart"\n}}\n'
+    parts += f"%beside (q: {part}, r: {whole}) -> {three} {{\n{given}"
+    parts += f"  ROOT %t = {three} tuple(%q, %r, %g)\n}}\n"
+    parts += f"%last (q: {part}, r: {whole}) -> {whole} {{\n{given}  ROOT %c = {whole} "
+    parts += 'custom-call(%q, %r, %g), custom_call_target="AsyncCollectiveDone"\n}\n'
+    lines = [f"%x = {part} parameter(0)",
+             f"%a = {both} fusion(%x), kind=kCustom, calls=%first",
+             f"%b = {whole} get-tuple-element(%a), index=1",
+             f"%c = {three} fusion(%x, %b), kind=kOutput, calls=%beside",
+             f"%d = {whole} get-tuple-element(%c), index=2",
+             f"ROOT %y = {whole} fusion(%x, %d), kind=kCustom, calls=%last"]  # fmt: skip
+    found = hlo.work(module(*lines, computations=parts))
+    assert found.collectives["all-gather"].count == 1
+    assert found.collectives["all-gather"].sent == 3 * 6400
+    assert found.traffic == 4 * 6400
 
 
 @pytest.mark.parametrize(

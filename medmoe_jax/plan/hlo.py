@@ -15,25 +15,16 @@ from math import prod
 
 import numpy as np
 
-from medmoe_jax.plan.hlo_text import Computation, Op, Shape, parse
+from medmoe_jax.plan.hlo_memory import COLLECTIVES, Memory, is_grouped, visited
+from medmoe_jax.plan.hlo_text import Computation, Op, operands, parse
 
-COLLECTIVES = (
-    "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all",
-    "collective-permute", "collective-broadcast",
-)  # fmt: skip
-# They move nothing themselves.
-FREE = {
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id",
-    "replica-id", "opt-barrier", "while", "conditional", "call", "iota", "domain",
-}  # fmt: skip
-SLICES = ("dynamic-slice", "slice", "gather")
 COUNTERS = ("s32", "u32")  # of loops
 # Kernels of splash attention, which do not declare their FLOPs -> products of queries and keys: the
 # backward pass computes the scores again in both of its kernels.
 SPLASH = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
-# Kernels of products of rows with the matrix of their expert: megablox on a TPU, which declares its
-# FLOPs, and ours on a GPU: Pallas does not hand on to Triton what a kernel declares.
-GROUPED, GROUPED_GPU = ("gmm", "tgmm"), "grouped_product"
+# Our kernel of products of rows with the matrix of their expert on a GPU: Pallas does not hand on
+# to Triton what a kernel declares.
+GROUPED_GPU = "grouped_product"
 EXPERT = "rows_of_expert"  # the scope of conditionals of `models.grouped`
 # Custom calls that stand for no work of their own.
 MARKERS = (
@@ -98,10 +89,6 @@ def _is_element(op: Op) -> bool:
     return op.kind == "get-tuple-element" and op.shapes[0].dtype in COUNTERS
 
 
-def _is_grouped(op: Op) -> bool:
-    return op.kind == "custom-call" and any(f"jit({name})" in op.attributes for name in GROUPED)
-
-
 class _Reader:
     def __init__(self, text: str, filled: float, chosen: float) -> None:
         self._filled, self._chosen = filled, chosen
@@ -109,15 +96,7 @@ class _Reader:
         partitions = re.search(r"num_partitions=(\d+)", text)
         self._partitions = int(partitions.group(1)) if partitions else 1
         self._known: dict[tuple[str, bool], Work] = {}
-        # A TPU hides a collective behind products: it is in the fusion that starts it, in those
-        # beside it and in the one that ends it.
-        self._started = {
-            op.attribute("channel_id")
-            for within in self._computations.values()
-            if any("AsyncCollectiveStart" in o.attributes for o in within.values())
-            for op in within.values()
-            if op.kind in COLLECTIVES and op.attribute("channel_id")
-        }
+        self._memory = Memory(self._computations)
 
     def total(self) -> Work:
         return self._computation(self._entry, False)
@@ -142,14 +121,14 @@ class _Reader:
                 total.add(self._computation(name, fused))
             return total
         kind = op.kind.removesuffix("-start")
-        result = Work(traffic=0.0 if fused else self._traffic(within, op))
+        result = Work(traffic=0.0 if fused else self._memory.traffic(within, op))
         if op.kind == "fusion":
             for name in op.called:
                 result.add(self._computation(name, True))
         elif kind in COLLECTIVES:
             self._collective(within, op, kind, result)
         elif op.kind == "dot":
-            left = self._operands(within, op)[0].dims
+            left = operands(within, op)[0].dims
             contracted = prod(left[i] for i in op.numbers("lhs_contracting_dims"))
             result.flops = 2.0 * prod(op.shapes[0].dims) * contracted
         elif op.kind == "convolution":
@@ -166,10 +145,6 @@ class _Reader:
         for branch, times in zip(branches[-1:] + branches[:1], (share, 1 - share), strict=False):
             total.add(branch, times)
         return total
-
-    def _operands(self, within: Computation, op: Op) -> list[Shape]:
-        """Shapes of all operands, those of tuples one after the other."""
-        return [shape for name in op.operands if name in within for shape in within[name].shapes]
 
     def _loop(self, op: Op, fused: bool) -> Work:
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', op.attributes)
@@ -225,13 +200,12 @@ class _Reader:
         return self._partitions
 
     def _collective(self, within: Computation, op: Op, kind: str, result: Work) -> None:
-        given = sum(shape.size for shape in self._operands(within, op))
+        given = sum(shape.size for shape in operands(within, op))
         if kind in ("collective-permute", "collective-broadcast"):
             result.collectives[kind] = Collective(1.0, given)
             return
-        n, channel = self._group(op), op.attribute("channel_id")
-        starts = any("AsyncCollectiveStart" in o.attributes for o in within.values())
-        if n == 1 or (channel in self._started and not starts):
+        n = self._group(op)
+        if n == 1 or self._memory.goes_on(within, op):
             return
         if kind == "all-reduce" and self._scatters(within, op):
             kind = "reduce-scatter"
@@ -246,7 +220,7 @@ class _Reader:
 
     def _convolution(self, within: Computation, op: Op) -> float:
         """FLOPs of a convolution; TPUs write products as such, with their batch in the window."""
-        left, right = self._operands(within, op)[:2]
+        left, right = operands(within, op)[:2]
         out = op.shapes[0].dims
         lhs, rest = op.attribute("dim_labels").split("_")
         rhs, outs = rest.split("->")
@@ -275,31 +249,23 @@ class _Reader:
         target = op.attribute("custom_call_target").strip('"')
         declared = re.search(r'"cost_estimate":\{[^{}]*?"flops":"?(\d+)', op.attributes)
         if declared:
-            share = self._filled * self._visited(within, op) if _is_grouped(op) else 1.0
+            share = self._filled * visited(within, op) if is_grouped(op) else 1.0
             result.flops = float(declared.group(1)) * share
         elif "$gemm" in target or "matmul" in target:
             numbers = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', op.attributes)
             axes = [int(n) for n in re.findall(r"\d+", numbers.group(1))] if numbers else [-1]
-            left = self._operands(within, op)[0].dims
+            left = operands(within, op)[0].dims
             result.flops = 2.0 * prod(op.shapes[0].dims) * prod(left[i] for i in axes)
         elif "$fmha" in target:
             result.flops = self._attention(within, op, target)
         elif products := next((n for name, n in SPLASH.items() if name in op.attributes), 0):
             result.flops = self._splash(within, op, products)
         elif GROUPED_GPU in op.attributes:
-            rows = next(s.dims for s in self._operands(within, op) if len(s.dims) == 2)
+            rows = next(s.dims for s in operands(within, op) if len(s.dims) == 2)
             result.flops = 2.0 * prod(rows) * op.shapes[0].dims[-1] * self._filled
         elif target and not any(word in target for word in MARKERS):
             name = re.search(r'kernel_name\W+"?([\w\-.]+)', op.attributes)
             result.kernels[name.group(1) if name else target] = 1.0
-
-    def _visited(self, within: Computation, op: Op) -> float:
-        """Share of the experts whose rows megablox' product visits: it may be given the matrix of
-        one [1, K, N], beside the borders of the rows of all, i32[E + 2] with those of nobody's."""
-        given = self._operands(within, op)
-        matrices = next((s.dims[0] for s in given if len(s.dims) == 3), 0)
-        borders = next((s.dims[0] for s in given if len(s.dims) == 1), 0)
-        return matrices / (borders - 2) if matrices and borders > 2 else 1.0
 
     def _attention(self, within: Computation, op: Op, target: str) -> float:
         """FLOPs of cuDNN's attention: two products forward, five backward."""
@@ -309,7 +275,7 @@ class _Reader:
         if not dims:
             return 0.0
         b, n, t, s = (int(v) for v in re.findall(r"\d+", dims.group(1)))
-        width = prod(self._operands(within, op)[0].dims) // (b * n * t)
+        width = prod(operands(within, op)[0].dims) // (b * n * t)
         half = 0.5 if "CAUSAL" in op.attributes else 1.0
         return 2.0 * b * n * t * s * width * half * (5 if "Backward" in target else 2)
 
@@ -319,77 +285,7 @@ class _Reader:
         Its first operand has a number for each block of queries and keys; blocks above the diagonal
         are skipped, those on it are computed whole.
         """
-        given = self._operands(within, op)
+        given = operands(within, op)
         blocks = given[0].dims[-1]
         *heads, t, h = next(s.dims for s in given if s.dtype in ("bf16", "f32") and len(s.dims) > 2)
         return 2.0 * products * prod(heads) * t * t * h * (blocks + 1) / (2 * blocks)
-
-    def _traffic(self, within: Computation, op: Op) -> float:
-        if op.kind in FREE or op.kind.endswith("-done") or op.kind.startswith("async"):
-            return 0.0
-        result = sum(shape.traffic for shape in op.shapes)
-        given = [within[name].shapes for name in op.operands if name in within]
-        if op.kind in SLICES:
-            return 2 * result
-        if op.kind in ("dynamic-update-slice", "scatter"):
-            update = given[1 if op.kind == "dynamic-update-slice" else -1]
-            return 2 * sum(shape.traffic for shape in update)
-        if op.kind == "fusion" and op.called:
-            body = self._computations.get(op.called[0], {})
-            reads = sum(
-                self._read(op.called[0], i, sum(s.traffic for s in shapes))
-                for i, shapes in enumerate(given)
-            )
-            return reads + self._written(body, op)
-        if op.kind == "copy-start":  # to, from and a mark
-            return op.shapes[0].traffic + sum(s.traffic for shapes in given for s in shapes)
-        if op.kind == "slice-start":  # from, to and a mark
-            return op.shapes[1].size + op.shapes[1].traffic
-        if op.kind.endswith("-start"):  # the result repeats the operands
-            return 2 * sum(s.traffic for shapes in given for s in shapes)
-        if _is_grouped(op):
-            visited = self._visited(within, op)
-            moved = [*op.shapes, *(s for shapes in given for s in shapes)]
-            return sum(s.traffic * (1 if len(s.dims) == 3 else visited) for s in moved)
-        return result + sum(s.traffic for shapes in given for s in shapes)
-
-    def _read(self, name: str, index: int, size: float) -> float:
-        """Bytes that a fused computation reads of its parameter `index` of `size` bytes."""
-        body = self._computations.get(name, {})
-        own = [o for o in body.values() if o.kind == "parameter" and o.literal == str(index)]
-        if not own or not size:
-            return size
-        total, names = 0.0, [own[0].name]
-        while names:
-            name = names.pop()
-            for user in (op for op in body.values() if name in op.operands):
-                places = [i for i, operand in enumerate(user.operands) if operand == name]
-                if user.kind == "bitcast":
-                    names.append(user.name)
-                elif user.kind in SLICES and places == [0]:
-                    total += sum(s.size for s in user.shapes)
-                elif user.kind == "dynamic-update-slice" and places == [0]:
-                    continue
-                elif user.kind == "fusion" and user.called:
-                    total += sum(self._read(user.called[0], i, size) for i in places)
-                else:
-                    return size
-        return min(total, size)
-
-    def _written(self, body: Computation, op: Op) -> float:
-        """Bytes that a fusion writes; an array that is changed in place, what is changed."""
-        roots = [o for o in body.values() if o.root]
-        if not roots:
-            return sum(s.traffic for s in op.shapes)
-        ends = roots[0].operands if roots[0].kind == "tuple" else [roots[0].name]
-        total = 0.0
-        for end, shape in zip(ends, op.shapes, strict=False):
-            last = body.get(end)
-            while last is not None and last.kind == "bitcast":
-                last = body.get(last.operands[0])
-            if last is not None and last.kind == "dynamic-update-slice" and not shape.on_chip:
-                update = body.get(last.operands[1])
-                total += sum(s.size for s in update.shapes) if update else shape.traffic
-            else:
-                total += shape.traffic
-        return total

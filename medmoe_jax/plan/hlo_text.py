@@ -65,6 +65,11 @@ class Op:
 Computation = dict[str, Op]
 
 
+def operands(within: Computation, op: Op) -> list[Shape]:
+    """Shapes of all operands, those of tuples one after the other."""
+    return [shape for name in op.operands if name in within for shape in within[name].shapes]
+
+
 def _balanced(text: str, start: int) -> int:
     """Index behind the bracket that closes the one at `start`."""
     depth = 0
