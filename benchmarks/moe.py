@@ -56,7 +56,9 @@ class Found(NamedTuple):
         return statistics.median(self.layer) / statistics.median(self.dense)
 
 
-def programs(case: Case) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
+def programs(
+    case: Case, clock: Callable[[], float]
+) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
     """The layer and two dense networks, compiled, by way of running them."""
     llm = LlmConfig(family=case.family, width=case.width, ffn=case.ffn)
     cfg = MoeConfig(experts=case.experts, top_k=1)
@@ -78,9 +80,9 @@ def programs(case: Case) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]
 
     def timed(form: Any, p: Any) -> Callable[[], float]:
         def run() -> float:
-            start = time.perf_counter()
+            start = clock()
             jax.block_until_ready(form(p, x))
-            return time.perf_counter() - start
+            return clock() - start
 
         return run
 
@@ -90,10 +92,10 @@ def programs(case: Case) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]
     }
 
 
-def measure(case: Case, repeats: int) -> list[Found]:
+def measure(case: Case, repeats: int, clock: Callable[[], float]) -> list[Found]:
     """The case forward, and forward and backward."""
     found = []
-    for way, (layer, dense) in programs(case).items():
+    for way, (layer, dense) in programs(case, clock).items():
         for _ in range(2):  # compilation
             layer(), dense()
         found.append(Found(case, way, *alternate(layer, dense, repeats, 0.0)))
@@ -118,21 +120,29 @@ def main() -> None:
     add("--tokens", type=int, nargs="+", default=list(TOKENS))
     add("--experts", type=int, nargs="+", default=list(EXPERTS))
     add("--repeats", type=int, default=9, help="timed runs of each side")
+    add("--one-thread", action="store_true", help="CPU time on one core")
     add("--out", type=Path, help="folder for moe.md and moe.json")
     args = parser.parse_args()
     widths = [("stablelm", 16, 24)] if args.quick else WIDTHS
-    where = conditions(os.cpu_count() or 1, ("medmoe_jax", "jax", "numpy"))
+    if args.one_thread:
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # before JAX counts the cores
+    clock = time.process_time if args.one_thread else time.perf_counter
+    threads = len(os.sched_getaffinity(0))
+    where = conditions(threads, ("medmoe_jax", "jax", "numpy"))
     found = [
         row
         for family, width, ffn in widths
         for tokens in args.tokens
         for n in args.experts
-        for row in measure(Case(family, width, ffn, tokens, n), 3 if args.quick else args.repeats)
+        for row in measure(
+            Case(family, width, ffn, tokens, n), 3 if args.quick else args.repeats, clock
+        )
     ]
     head = ["layer", "tokens", "experts", "", "MoE ms", "two dense ms", "ratio", "others"]
     versions = ", ".join(f"{name} {number}" for name, number in where["versions"].items())
     about = (
-        f"`{where['command']}`; {where['cpu']}; load {where['load'][0]} at the start; float32; "
+        f"`{where['command']}`; {where['cpu']}; {threads} threads, load "
+        f"{where['load'][0]} at the start; {'CPU' if args.one_thread else 'wall'} time; float32; "
         f"{versions}. Medians; the goal is a ratio of {GOAL} at most. Others: most of the CPU that "
         "other processes took in a run that counts."
     )

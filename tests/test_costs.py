@@ -21,7 +21,7 @@ from flax.traverse_util import flatten_dict
 
 from medmoe_jax import optim, step
 from medmoe_jax.config import LlmConfig, MoeConfig, OptimConfig, RunConfig
-from medmoe_jax.models import grouped, layers, moe
+from medmoe_jax.models import buckets, layers, moe
 from medmoe_jax.plan import hlo, hlo_text
 
 WIDTH, FFN = 64, 192
@@ -38,16 +38,21 @@ def compiled(form: Any, p: Any, x: Any, backward: bool) -> float:
 def test_a_layer_costs_little_more_than_two_dense_networks(
     n_experts: int, backward: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a CPU, with tokens that spread evenly: what the chosen branches compute."""
+    """On a CPU, with tokens that spread evenly: what the loops that have a round compute."""
     tokens = 2048
     rng = np.random.default_rng(0)
     counts = np.bincount(rng.integers(0, n_experts, tokens), minlength=n_experts)
-    sizes = grouped.group_sizes(tokens, n_experts)
+    sizes = buckets.piece_sizes(tokens, n_experts)
+    assert max(counts) <= sizes[-1]
     taken = [next(size for size in sizes if size >= count) for count in counts]
-    # One branch only, that of the mean group: then the program holds what runs.
-    mean = -(-sum(taken) // n_experts)
-    monkeypatch.setattr(grouped, "group_sizes", lambda pairs, n: [0, mean])
-    monkeypatch.setattr("medmoe_jax.models.buckets.group_sizes", lambda pairs, n: [0, mean])
+
+    def once(piece: Any, y: Any, rows: int, counts: Any) -> Any:
+        for e, size in enumerate(taken):
+            y = piece(e, sum(taken[:e]), sum(taken[: e + 1]), size, False, y)
+        return y
+
+    # Without the loops of other sizes the program holds what runs.
+    monkeypatch.setattr(buckets, "_over_pieces", once)
     llm = LlmConfig(family="stablelm", width=WIDTH, ffn=FFN)
     cfg, counted = MoeConfig(experts=n_experts, top_k=1), jnp.ones((1, tokens), bool)
     p = layers.initialise(jax.random.key(0), moe.leaves(llm, cfg, ()))
@@ -150,6 +155,6 @@ def test_frozen_experts_have_no_gradient() -> None:
 
     projector, everything = program(PROJECTOR, 16), program(ALL, 0)
     assert of_kernels(projector) == 0 and of_kernels(everything) > 0
-    # Gate, up and down of the meta expert and of two experts, whose largest branches are counted.
+    # Gate, up and down of the meta expert and of two experts, of which each size is counted.
     least = 3 * 3 * 2 * TOKENS * d * f
     assert hlo.work(everything).flops - hlo.work(projector).flops >= least

@@ -121,7 +121,10 @@ def linear(p: Params, x: Array) -> Array:
     if quantized.is_quantized(kernel):
         y = quantized.product(kernel, x)
     else:
-        y = one_row.product(jnp.matmul, x, cast(kernel, x.dtype))
+        # In 32 bits, those of a CPU, as a matrix: with more axes XLA transposes there what the
+        # kernel's gradient is made of, and computes it again for that.
+        rows = x.reshape(-1, x.shape[-1]) if x.dtype == jnp.float32 else x
+        y = one_row.product(jnp.matmul, rows, cast(kernel, x.dtype)).reshape(*x.shape[:-1], -1)
     if "lora_a" in p:
         y += low_rank(p, x, jnp.matmul)
     if "bias" not in p:
@@ -262,7 +265,7 @@ def remat(body: Callable, policy: str) -> Callable:
             lambda primitive, *_, **__: primitive.name == CUDNN,
         ),
         "experts": experts,
-        # Kernels and `lax.switch` hide the experts' products from the policy for products.
+        # Kernels and loops hide the experts' products from the policy for products.
         "dots": policies.save_from_both_policies(
             policies.checkpoint_dots_with_no_batch_dims, experts
         ),
