@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -27,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from PIL import Image
-from timing import Figure, alternate, conditions, markdown
+from timing import Figure, alternate, chosen_clock, conditions, markdown
 from torch_peer import CACHES, Peer
 
 from medmoe_jax import generate, sampling
@@ -306,10 +304,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--out", type=Path, help="folder for generation.md and generation.json")
     args = parser.parse_args()
-    if args.one_thread:
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # before JAX counts the cores
+    clock = chosen_clock(args.one_thread)
     torch.set_num_threads(1 if args.one_thread else 2)
-    clock = time.process_time if args.one_thread else time.perf_counter
     with tempfile.TemporaryDirectory() as scratch:
         size = QUICK if args.quick else replace(FULL, questions=args.questions)
         both = sides(size, Path(scratch) / "tokenizer", clock)

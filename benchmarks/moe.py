@@ -14,14 +14,13 @@ import argparse
 import json
 import os
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from timing import alternate, conditions, table
+from timing import alternate, chosen_clock, conditions, table
 
 from medmoe_jax.config import LlmConfig, MoeConfig
 from medmoe_jax.models import layers, moe
@@ -124,10 +123,8 @@ def main() -> None:
     add("--out", type=Path, help="folder for moe.md and moe.json")
     args = parser.parse_args()
     widths = [("stablelm", 16, 24)] if args.quick else WIDTHS
-    if args.one_thread:
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # before JAX counts the cores
-    clock = time.process_time if args.one_thread else time.perf_counter
-    threads = len(os.sched_getaffinity(0))
+    clock = chosen_clock(args.one_thread)
+    threads = 1 if args.one_thread else os.cpu_count() or 1
     where = conditions(threads, ("medmoe_jax", "jax", "numpy"))
     found = [
         row

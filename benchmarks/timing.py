@@ -93,6 +93,15 @@ def alternate(
     return list(first), list(second), max(shares)
 
 
+def chosen_clock(one_thread: bool) -> Callable[[], float]:
+    """Wall time; or CPU time of this process, which is put on one core for that. To be called
+    before JAX counts the cores."""
+    if not one_thread:
+        return time.perf_counter
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    return time.process_time
+
+
 class Watch:
     """Share of the CPU that other processes take from now on (Linux)."""
 

@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -30,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from flax.traverse_util import flatten_dict
-from timing import Figure, alternate, conditions, markdown
+from timing import Figure, alternate, chosen_clock, conditions, markdown
 from torch_peer import Moe, OfficialMoe, Peer
 
 from medmoe_jax import flops, optim, step
@@ -245,11 +243,9 @@ def main() -> None:
     add("--patience", type=float, default=0.0, help=wait)
     add("--out", type=Path, help="folder for training.md and training.json")
     args = parser.parse_args()
-    if args.one_thread:
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # before JAX counts the cores
+    clock = chosen_clock(args.one_thread)
     threads = 1 if args.one_thread else 2
     torch.set_num_threads(threads)
-    clock = time.process_time if args.one_thread else time.perf_counter
     where = conditions(threads) | {
         "seconds": "CPU" if args.one_thread else "wall",
         "rows": ROWS,

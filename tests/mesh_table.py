@@ -31,7 +31,7 @@ from medmoe_jax.config import (
     OptimConfig,
     RunConfig,
 )
-from medmoe_jax.models import buckets, experts, grouped, layers
+from medmoe_jax.models import experts, grouped, layers
 
 DEVICES = 8
 ROUTINGS = ("mixed", "one expert")
@@ -341,7 +341,7 @@ def main() -> None:
     jax.config.update("jax_numpy_rank_promotion", "raise")
     # Most of the time goes into compilation: no optimisations, and few sizes of groups.
     jax.config.update("jax_disable_most_optimizations", True)
-    grouped.BUCKETS = buckets.SIZES = 2
+    grouped.BUCKETS = 2
     for case in {"QUICK": QUICK, "REST": REST}[sys.argv[1]]:
         print(json.dumps(compare(case)), flush=True)
     print(json.dumps(idle_expert(sharding.make_mesh(MeshConfig(2, 1, 4)))), flush=True)

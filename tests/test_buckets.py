@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medmoe_jax.models import buckets
+from medmoe_jax.models import buckets, grouped
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -22,16 +22,16 @@ def test_sizes(rows: int, n_experts: int) -> None:
     """They are multiples of the first, up to all rows or to a likely group."""
     sizes = buckets.piece_sizes(rows, n_experts)
     assert sizes == [sizes[0] * i for i in range(1, len(sizes) + 1)]
-    assert len(sizes) <= buckets.SIZES
-    assert sizes[-1] >= min(rows, buckets.LARGEST * rows / n_experts)
-    assert sizes[0] <= max(buckets.UNIT, rows / n_experts / 4 + 1)
+    assert len(sizes) <= grouped.BUCKETS
+    assert sizes[-1] >= min(rows, grouped.LIKELY * rows / n_experts)
+    assert sizes[0] <= max(grouped.BUCKET, rows / n_experts / 4 + 1)
 
 
 def test_products_of_all_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Values and derivatives; groups that are empty, that end on a border of a size and around it,
     that take several pieces or all rows; rows of nobody behind them."""
-    monkeypatch.setattr(buckets, "UNIT", 4)
-    monkeypatch.setattr(buckets, "SIZES", 2)
+    monkeypatch.setattr(grouped, "BUCKET", 4)
+    monkeypatch.setattr(grouped, "BUCKETS", 2)
     rows, n_experts = 40, 5
     assert buckets.piece_sizes(rows, n_experts) == [8, 16]
     rng = np.random.default_rng(0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import json
 import os
 import re
@@ -11,6 +10,7 @@ import subprocess
 import sys
 from typing import Any
 
+import compilers
 import jax
 import jax.numpy as jnp
 import layer_costs
@@ -65,9 +65,7 @@ def test_a_layer_costs_little_more_than_two_dense_networks(
 @functools.cache
 def ahead(target: str) -> list[dict[str, Any]]:
     """What layer_costs.py prints for a chip; skips where its compiler is not installed."""
-    names = ("libtpu",) if target.startswith("v") else ("jax_cuda13_plugin", "jax_cuda12_plugin")
-    if not any(importlib.util.find_spec(name) for name in names):
-        pytest.skip(f"{' or '.join(names)} is not installed (extras plan and plan-cuda)")
+    compilers.need(target)
     command = [sys.executable, layer_costs.__file__, target]
     # libtpu ends where it meets a flag for CPUs (conftest.py).
     env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
@@ -94,17 +92,43 @@ def test_a_layer_on_a_tpu_and_a_gpu(target: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.tpu
-@pytest.mark.parametrize("target", ["v5e:1x1", "h200:1"])
-def test_generation_copies_no_expert(target: str) -> None:
-    """With one prompt, experts that are arrays of their own move less than a copy of them would.
-    With eight, a TPU's zeros for the result are more than that: the products take longer still."""
-    rows = [row for row in ahead(target) if row["way"] == "generation"]
-    assert len(rows) == 4
-    for row in rows:
+@pytest.mark.parametrize(
+    ("target", "prompts"),
+    [
+        ("v5e:1x1", 1),
+        pytest.param(
+            *("v5e:1x1", 8),
+            marks=pytest.mark.xfail(
+                strict=True, reason="zeros for the results are more bytes than the experts"
+            ),
+        ),
+        ("h200:1", 1),
+        ("h200:1", 8),
+    ],
+)
+def test_generation_copies_no_expert(target: str, prompts: int) -> None:
+    """Experts that are arrays of their own move less than a copy of them would."""
+    for row in in_generation(target, prompts):
         more = row["separate"]["traffic"] - row["stacked"]["traffic"]
-        assert more < row["weights"] or row["rows"] == 8, row  # a copy reads and writes them
+        assert more < row["weights"], row  # a copy reads and writes them
+
+
+@pytest.mark.slow
+@pytest.mark.tpu
+@pytest.mark.parametrize("prompts", [1, 8])
+@pytest.mark.parametrize("target", ["v5e:1x1", "h200:1"])
+def test_separate_experts_compute_the_same(target: str, prompts: int) -> None:
+    """And what else they move hides behind the products."""
+    for row in in_generation(target, prompts):
         for kind in ("flops", "seconds"):
             assert row["separate"][kind] == pytest.approx(row["stacked"][kind], rel=0.01), row
+
+
+def in_generation(target: str, prompts: int) -> list[dict[str, Any]]:
+    """Rows of both models."""
+    found = [row for row in ahead(target) if row["way"] == "generation"]
+    assert len(found) == 4
+    return [row for row in found if row["rows"] == prompts]
 
 
 MODEL = small_models.config("stablelm", MoeConfig(2, placement="0"), layers=1)

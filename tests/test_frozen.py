@@ -24,7 +24,7 @@ from medmoe_jax.config import (
     OptimConfig,
     RunConfig,
 )
-from medmoe_jax.models import buckets, medmoe, products, quantized, tiles
+from medmoe_jax.models import buckets, grouped, medmoe, products, quantized, tiles
 
 MODEL = small_models.config("phi", MoeConfig(2, placement="0"), layers=1)
 ADAPTERS = RunConfig(
@@ -45,7 +45,7 @@ PROJECTOR = dataclasses.replace(WHOLE, train=("projector/.*",), remat="dots")
 @pytest.fixture
 def quick(quick_compile: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few loops to compile, and no optimisations."""
-    monkeypatch.setattr(buckets, "SIZES", 1)
+    monkeypatch.setattr(grouped, "BUCKETS", 1)
 
 
 def parameters(cfg: RunConfig) -> dict[str, np.ndarray]:

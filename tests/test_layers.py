@@ -3,16 +3,17 @@ one row."""
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
+import compilers
 import jax
 import jax.numpy as jnp
+import layer_costs
 import numpy as np
 import pytest
 
 from medmoe_jax.models import layers, one_row, quantized
-from medmoe_jax.plan import hlo, hlo_text, targets
+from medmoe_jax.plan import hlo_text, targets
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -41,8 +42,7 @@ def test_a_cast_is_a_conversion() -> None:
 @pytest.mark.tpu
 def test_no_stack_of_casts() -> None:
     """A TPU's compiler would hold all layers' weights in 16 bits during the whole loop."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed (extra plan)")
+    compilers.need("v5e:1x1")
     targets.prepare("v5e:1x1")
     place = jax.sharding.SingleDeviceSharding(targets.load("v5e:1x1").devices[0])
     depth, width = 6, 1024
@@ -85,11 +85,9 @@ def test_one_row_beside_zeros(shape: tuple[int, ...]) -> None:
 @pytest.mark.tpu
 def test_one_row_reads_matrices_once_on_a_gpu() -> None:
     """Phi-2's projections of a token to queries, keys and values."""
-    if not any(importlib.util.find_spec(f"jax_cuda{v}_plugin") for v in (13, 12)):
-        pytest.skip("JAX's CUDA plugin is not installed (extra plan-cuda)")
+    compilers.need("h200:1")
     targets.prepare("h200:1")
-    place = jax.sharding.SingleDeviceSharding(targets.load("h200:1").devices[0])
-    width = 2560
+    target, width = targets.load("h200:1"), 2560
 
     def read(linear: Any) -> float:
         def run(x: Any, scale: Any, kernels: Any) -> Any:
@@ -97,12 +95,9 @@ def test_one_row_reads_matrices_once_on_a_gpu() -> None:
             return [linear({"kernel": kernel}, h) for kernel in kernels]
 
         shapes = ((1, 1, width), (width,), *[(width, width)] * 3)
-        x, scale, *kernels = (
-            jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place) for shape in shapes
-        )
-        traced = jax.jit(run).trace(x, scale, kernels)
-        text = traced.lower(lowering_platforms=("cuda",)).compile().as_text()
-        return hlo.work(text).traffic / (3 * 2 * width * width)
+        x, scale, *kernels = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+        moved = layer_costs.costs(run, target, x, scale, kernels)["traffic"]
+        return moved / (3 * 2 * width * width)
 
     assert read(lambda p, x: x @ p["kernel"]) > 1.9
     assert read(layers.linear) < 1.05

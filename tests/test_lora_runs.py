@@ -22,7 +22,7 @@ from medmoe_jax.config import ConfigError, LoraConfig, MoeConfig, RunConfig
 from medmoe_jax.convert import torch_reference
 from medmoe_jax.convert.to_torch import to_torch
 from medmoe_jax.lora import __main__ as command
-from medmoe_jax.models import buckets
+from medmoe_jax.models import grouped
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -41,7 +41,7 @@ def raw(folder: Path) -> dict[str, np.ndarray]:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A dense model with a router in `start`, and a finished run of stage 3 in `run`."""
-    before, buckets.SIZES = buckets.SIZES, 1  # fewer loops to compile
+    before, grouped.BUCKETS = grouped.BUCKETS, 1  # fewer loops to compile
     root = tmp_path_factory.mktemp("lora")
     tiny_runs.save_start(root / "dense")
     params, meta = checkpoint.load_model(root / "dense")
@@ -50,7 +50,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     tiny_runs.save_questions(root / "data")
     train.train(config(root), root / "run")
     yield root
-    buckets.SIZES = before
+    grouped.BUCKETS = before
 
 
 def config(root: Path) -> RunConfig:

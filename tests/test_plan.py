@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import compilers
 import plan_table
 import pytest
 from plan_table import EXPERTS, LENGTH
@@ -245,9 +246,7 @@ PHASES = ("stage1", "stage2", "router", "stage3")
 @pytest.mark.parametrize("phase", PHASES)
 def test_full_sizes(phase: str, size: str, target: str, tmp_path: Path) -> None:
     """Every phase of both models compiles for a TPU slice and for a node of GPUs, and fits."""
-    needed = ("libtpu",) if target.startswith("v") else ("jax_cuda13_plugin", "jax_cuda12_plugin")
-    if not any(importlib.util.find_spec(name) for name in needed):
-        pytest.skip(f"{' or '.join(needed)} is not installed (extras plan and plan-cuda)")
+    compilers.need(target)
     file = tmp_path / "plan.json"
     command = [sys.executable, "-m", "medmoe_jax.plan", f"--config=configs/{phase}.py:{size}"]
     command += [f"--target={target}", "--mesh=1,-1,1", f"--json={file}"]

@@ -17,21 +17,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from medmoe_jax.models import grouped
 from medmoe_jax.models.layers import Array
 from medmoe_jax.models.products import Kernels, together
-
-UNIT = 32  # rows by which the sizes of pieces differ at least
-SIZES = 8  # of pieces
-LARGEST = 2  # times the mean group: rows of the largest piece
 
 Piece = Callable[[Array, Array, Array, int, bool, Array], Array]
 
 
 def piece_sizes(rows: int, n_experts: int) -> list[int]:
-    """Static sizes of pieces of a group, multiples of the first; the last holds all rows, or is
-    LARGEST times the mean group."""
-    unit = max(UNIT, -(-rows * LARGEST // (n_experts * SIZES)))
-    return [unit * i for i in range(1, SIZES + 1) if unit * (i - 1) < rows]
+    """Static sizes of pieces of a group, multiples of the first; the last holds all rows, or a
+    likely group."""
+    unit = grouped.unit(rows, n_experts)
+    return [unit * i for i in range(1, grouped.BUCKETS + 1) if unit * (i - 1) < rows]
 
 
 def _over_pieces(piece: Piece, y: Array, rows: int, counts: Array) -> Array:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ Experts = Params | tuple[Params, ...]
 FEW = 64  # (token, expert) pairs up to which only the bytes of the weights matter
 BUCKET = 32  # pairs by which the static sizes of an expert's group differ at least
 BUCKETS = 8  # static sizes of a group up to a likely one, beside the empty one
-LIKELY = 2  # times as many rows as the mean group: above, the sizes double
+LIKELY = 2  # times as many rows as the mean group
 
 
 def expert(p: Experts, e: int) -> Params:
@@ -29,27 +29,30 @@ def expert(p: Experts, e: int) -> Params:
     return p[e] if isinstance(p, tuple) else jax.tree.map(lambda a: a[e], p)
 
 
+def unit(pairs: int, n_experts: int) -> int:
+    """By how much the static sizes of an expert's group differ, up to a likely one."""
+    return max(BUCKET, -(-pairs * LIKELY // (n_experts * BUCKETS)))
+
+
 def group_sizes(pairs: int, n_experts: int) -> list[int]:
-    """Static sizes of an expert's group among `pairs` (token, expert) pairs: 0, ..., pairs."""
+    """Static sizes of an expert's group among `pairs` (token, expert) pairs: 0, ..., pairs. Above a
+    likely one they double."""
     if pairs <= FEW:
         return [0, pairs]
-    unit = max(BUCKET, -(-pairs * LIKELY // (n_experts * BUCKETS)))
-    sizes = [unit * i for i in range(BUCKETS + 1) if unit * i < pairs]
+    step = unit(pairs, n_experts)
+    sizes = [step * i for i in range(BUCKETS + 1) if step * i < pairs]
     while 2 * sizes[-1] < pairs and len(sizes) > BUCKETS:
         sizes.append(2 * sizes[-1])
     return [*sizes, pairs]
 
 
-def by_size(sizes: list[int], count: Array, run: Callable[..., Any], empty: Any, *args: Any) -> Any:
-    """run(size, *args) for the first of `sizes` that holds a group of `count` rows; empty(*args)
-    for an empty group."""
-
-    def branch(size: int) -> Callable[..., Any]:
-        return lambda *args: run(size, *args)
-
+def by_size(sizes: list[int], count: Array, run: Callable[[int, Array], Array], y: Array) -> Array:
+    """run(size, y) for the first of `sizes` that holds a group of `count` rows; y for an empty
+    group."""
+    branches = [lambda y: y, *(partial(run, size) for size in sizes[1:])]
     which = (count > jnp.asarray(sizes[:-1])).sum()
     with jax.named_scope("rows_of_expert"):  # `plan.hlo` finds it by this name
-        return jax.lax.switch(which, [empty, *map(branch, sizes[1:])], *args)
+        return jax.lax.switch(which, branches, y)
 
 
 def padded(rows: Array, sizes: list[int]) -> Array:
@@ -82,7 +85,7 @@ def over_groups(
             # What is wrong behind the group is overwritten by the next one.
             return jax.lax.dynamic_update_slice_in_dim(y, run(e, mine), starts[e], 0)
 
-        y = by_size(sizes, counts[e], group, lambda y: y, y)
+        y = by_size(sizes, counts[e], group, y)
     return jnp.where((jnp.arange(len(rows)) < counts.sum())[:, None], y[: len(rows)], 0)
 
 

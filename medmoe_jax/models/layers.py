@@ -124,7 +124,8 @@ def linear(p: Params, x: Array) -> Array:
         # In 32 bits, those of a CPU, as a matrix: with more axes XLA transposes there what the
         # kernel's gradient is made of, and computes it again for that.
         rows = x.reshape(-1, x.shape[-1]) if x.dtype == jnp.float32 else x
-        y = one_row.product(jnp.matmul, rows, cast(kernel, x.dtype)).reshape(*x.shape[:-1], -1)
+        y = one_row.product(jnp.matmul, rows, cast(kernel, x.dtype))
+        y = y.reshape(*x.shape[:-1], y.shape[-1])
     if "lora_a" in p:
         y += low_rank(p, x, jnp.matmul)
     if "bias" not in p:

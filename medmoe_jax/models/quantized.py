@@ -20,7 +20,6 @@ Array = jax.Array
 INT8_MAX = 127  # symmetric: -128 is not used
 INT4_MAX = 7  # likewise
 AT_ONCE = 1 << 20  # weights that exist as floats at a time on a CPU: what its caches hold
-
 FEW = 8  # rows up to which a GPU does not write the weights of Int4 out as floats
 
 
