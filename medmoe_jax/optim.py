@@ -26,10 +26,15 @@ def labels(paths: list[str], patterns: tuple[str, ...]) -> dict[str, str]:
     """Labels every path: TRAIN if one of the regexes matches the whole of it, else FROZEN.
 
     Raises:
-      ConfigError: a regex matches nothing (a typo would freeze silently), or nothing trains.
+      ConfigError: a regex matches nothing (a typo would freeze silently) or is none, or nothing
+        trains.
     """
     for pattern in patterns:
-        if not any(re.fullmatch(pattern, path) for path in paths):
+        try:
+            found = any(re.fullmatch(pattern, path) for path in paths)
+        except re.error as error:
+            raise ConfigError(f"train: {pattern!r} is no regular expression: {error}") from error
+        if not found:
             raise ConfigError(f"train: the regex {pattern!r} matches no parameter of this model")
     if not patterns:
         raise ConfigError("train: no regex given, nothing would train")

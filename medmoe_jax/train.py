@@ -32,6 +32,7 @@ from medmoe_jax import (
     distributed,
     flops,
     layout,
+    limits,
     lora,
     optim,
     provenance,
@@ -187,17 +188,22 @@ def position(stream: pipeline.Batches) -> dict[str, Any]:
     return stream.get_state() | {"problems": [dataclasses.asdict(p) for p in all_problems(stream)]}
 
 
-def write_run_config(cfg: RunConfig, workdir: Path) -> None:
-    """Stores the run's config; a workdir that holds another run is an error."""
+def check_workdir(cfg: RunConfig, workdir: Path) -> None:
+    """Raises ConfigError where the workdir holds another run, finished or not."""
     path = workdir / "run.json"
-    text = json.dumps(dataclasses.asdict(cfg), indent=1)
-    old, new = json.loads(path.read_text()) if path.exists() else {}, json.loads(text)
+    old = json.loads(path.read_text()) if path.exists() else {}
+    new = json.loads(json.dumps(dataclasses.asdict(cfg)))
     changed = [k for k in new if old and k not in FREE and new[k] != old.get(k)]
     if changed:
         raise ConfigError(
             f"{workdir} holds a run with another config (different: {', '.join(changed)}); "
             "use another --workdir, or the same config to resume"
         )
+
+
+def write_run_config(cfg: RunConfig, workdir: Path) -> None:
+    """Stores the run's config."""
+    path, text = workdir / "run.json", json.dumps(dataclasses.asdict(cfg), indent=1)
     if distributed.leads():
         whole = path.with_suffix(".partial")
         whole.write_text(text)
@@ -206,6 +212,8 @@ def write_run_config(cfg: RunConfig, workdir: Path) -> None:
 
 def train(cfg: RunConfig, workdir: Path) -> None:
     """Runs one phase and writes `workdir/model`."""
+    limits.check(cfg)
+    check_workdir(cfg, workdir)
     if (workdir / "model" / "config.json").exists():
         say(f"{workdir} is finished: its model is in {workdir / 'model'}")
         return

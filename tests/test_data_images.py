@@ -96,10 +96,11 @@ def test_written_orientation_is_applied(tmp_path: Path) -> None:
         (8, np.s_[5:]),
     ):
         exif[0x0112] = orientation
-        Image.fromarray(pixels).save(tmp_path / "o.png", exif=exif)
-        made = load_image(tmp_path / "o.png", SPEC)
-        assert (made[bright] == 200).all(), orientation
-        assert made.mean() == 100
+        for name in ("o.png", "o.tif"):  # Pillow turns the second kind itself
+            Image.fromarray(pixels).save(tmp_path / name, exif=exif)
+            made = load_image(tmp_path / name, SPEC)
+            assert (made[bright] == 200).all(), (name, orientation)
+            assert made.mean() == 100
 
 
 def test_crop_larger_than_the_resized_image_is_black_around(tmp_path: Path) -> None:
@@ -185,6 +186,8 @@ def test_paths_stay_in_the_folder(tmp_path: Path) -> None:
         ("none.png", "'none.png' is not in"),
         ("sub", "'sub' is not in"),
         ("a\0b.png", "is not in"),
+        ("data:image/png;base64," + 1000 * "iVBO", r"base64,\w{58}\.\.\.' is not in"),
+        (1000 * "iVBO", r"\w{80}\.\.\.' cannot be read: .*too long"),
     ):
         with pytest.raises(DataError, match=text):
             find_image(folder, name)

@@ -164,6 +164,7 @@ def talk(*turns: object) -> dict:
         (talk("", "a") | {"image": None}, "empty question 1"),
         (talk("<image>\nQ", None), "'value' must be text, not None"),
         (talk("<image>\nQ", True), "'value' must be text, not True"),
+        (talk("<image>\nQ", float("nan")), "'value' must be text, not nan"),
         (talk("<image>\nQ"), "the last question has no answer"),
         (talk("<image>\nQ", "a", "Q"), "the last question has no answer"),
         (talk("<image><image>\nQ", "a"), "2 <image> in the text, but 1 image"),
@@ -201,6 +202,19 @@ def test_rows_that_are_no_objects(folder: Path) -> None:
     assert "must be an object, not list" in loaded.problems[1].reason
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_half_a_character_is_told(name: str, folder: Path) -> None:
+    """JSON can say the first half of an emoji alone; no tokenizer takes it."""
+    rows = [row(0, "\U0001f600"), row(1, "\ud83d")]
+    lines = [json.dumps(one) for one in rows]  # with escapes
+    text = "\n".join(lines) if name == "a.jsonl" else f"[{','.join(lines)}]"
+    (folder / name).write_text(text)
+    loaded = read_rows([folder / name], folder / "images")
+    assert [sample.turns[1][1] for sample in loaded.samples] == ["\U0001f600"]
+    (problem,) = loaded.problems
+    assert problem.row == 1 and "half a character (\\ud83d)" in problem.reason
+
+
 def test_error_lists_the_first_rows_and_the_remedy(folder: Path) -> None:
     rows = [row(0)] + [row(1, "") for _ in range(30)]
     file = tiny_data.save_rows(folder / "a.json", rows)
@@ -225,7 +239,13 @@ def test_bad_files_and_settings(folder: Path) -> None:
         read_rows([], folder)
     with pytest.raises(DataError, match=r"none\.json cannot be read"):
         read_rows([folder / "none.json"], folder)
-    for content, text in (("[{]", "is no JSON"), ("[]", "no rows in"), ("", "no rows in")):
+    deep = "[" * 100_000
+    for content, text in (
+        ("[{]", "is no JSON"),
+        (deep, "is no JSON: maximum"),
+        ("[]", "no rows in"),
+        ("", "no rows in"),
+    ):
         (folder / "b.json").write_text(content)
         with pytest.raises(DataError, match=text):
             read_rows([folder / "b.json"], folder)

@@ -95,10 +95,12 @@ def test_pairing_by_id() -> None:
 
 def test_ids_are_those_of_the_question_reader(tmp_path: Path) -> None:
     asked = [question("a", "yes"), question("b", "no") | {"question_id": 0}, question("c", "no")]
+    asked += [question(None, "no"), question("e", "no") | {"question_id": None}]
     del asked[2]["id"]
     file = write(tmp_path / "q.jsonl", asked)
     answers = [said(q.id, str(q.row)) for q in reversed(questions.read_questions(file))]
-    assert [item.prediction for item in rows.pair(rows.read(file), answers)] == ["0", "1", "2"]
+    said_to = [item.prediction for item in rows.pair(rows.read(file), answers)]
+    assert said_to == ["0", "1", "2", "3", "4"]
 
 
 def test_pairing_by_order_looks_at_no_id() -> None:
@@ -125,6 +127,8 @@ def test_what_is_read_of_a_row() -> None:
     [
         ({"conversations": [{"value": "q"}]}, {}, r"G: row 1 has no question with an answer"),
         ({"conversations": "q"}, {}, "no question with an answer"),
+        ({"conversations": [{"value": "q"}, {"value": None}]}, {}, "no question with an answer"),
+        ({"conversations": [{"value": "q"}, {"value": float("nan")}]}, {}, "no question with"),
         ({}, {"text": None}, r"P: the answer to 1 has no 'text'"),
         ({}, {"metadata": [1]}, "'metadata' must be an object"),
         ({}, {"metadata": {"confidence": "high"}}, "number from 0 to 1, not 'high'"),

@@ -21,6 +21,7 @@ ALLOWED = {
     r"sharding|distributed|compilation|optim|presets|sampling": r"config",
     r"lora(\.merged)?": r"config|stored|lora\.merged|models\.quantized",
     r"upcycle": r"config|stored",
+    r"limits": r"config|upcycle",
     r"checkpoint": r"config|lora|stored|upcycle",
     r"models\.layers": r"models\.(quantized|one_row)",
     r"models\.attention": r"models\.layers",
@@ -40,7 +41,7 @@ ALLOWED = {
     r"provenance": r"config|data\.sources",
     r"router|step|info": r"config|losses|lora|optim|sharding|models\..*",
     r"flops": r"config|optim",
-    r"plan(\..*)?": r"config|hardware|flops|layout|optim|sharding|step|generate|models\..*"
+    r"plan(\..*)?": r"config|hardware|flops|layout|limits|optim|sharding|step|generate|models\..*"
     r"|plan\..*",
     r"layout": r"config|lora|optim|quantize|sharding|step|models\..*",
     r"generate|beam": r"config|losses|sampling|sharding|generate|models\..*",

@@ -236,6 +236,8 @@ def test_texts(value: object, text: str, put_right: int) -> None:
 def test_texts_that_are_none(value: object) -> None:
     with pytest.raises(DataError, match="the answer"):
         Reading("train", "x", "y").text(value, "answer")
+    with pytest.raises(DataError, match=r"the answer holds half a character: '\\ud83d'"):
+        Reading("train", "x", "y").text("\ud83d", "answer")
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ def test_formats(tmp_path: Path) -> None:
         {"question_id": 9, "id": "other", "image": "", "text": " Why? "},
         {"question": "How?", "image": None, "options": ["a", "b"]},
         {"id": "g", "conversations": [{"from": "gpt", "value": "Hello"}, *talk("So?")]},
+        {"question_id": None, "id": None, "text": "Yes?"},
     ]
     want = [
         Question(0, "a", ("x.png",), "Is it?", ()),
@@ -32,6 +33,7 @@ def test_formats(tmp_path: Path) -> None:
         Question(2, 9, (), "Why?", ()),
         Question(3, 3, (), "How?", ("a", "b")),
         Question(4, "g", (), "So?", ()),
+        Question(5, 5, (), "Yes?", ()),
     ]
     for name in ("q.json", "q.jsonl"):
         assert read_questions(tiny_data.save_rows(tmp_path / name, rows)) == want

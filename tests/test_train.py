@@ -125,10 +125,15 @@ def test_router_is_judged_on_rows_that_were_not_drawn(runs: Path):
 
 def test_finished_run_is_left_alone(runs: Path, questions: Path, capsys: pytest.CaptureFixture):
     metrics = (runs / "stage1" / "metrics.jsonl").read_text()
-    config = tiny_runs.run_config(phase("stage1"), runs / "start", questions, steps=3)
+    family = checkpoint.read_meta(runs / "start").model.llm.family
+    same = phase("stage1", {"phi": "tiny", "stablelm": "tiny_stablelm"}[family])
+    config = tiny_runs.run_config(same, runs / "start", questions, steps=3)
     train.train(config, runs / "stage1")
     assert "is finished" in capsys.readouterr().out
     assert (runs / "stage1" / "metrics.jsonl").read_text() == metrics
+    longer = dataclasses.replace(config, optim=dataclasses.replace(config.optim, steps=4))
+    with pytest.raises(ConfigError, match=r"another config \(different: optim\)"):
+        train.train(longer, runs / "stage1")
 
 
 def test_learns_and_accumulates(tmp_path: Path, questions: Path):
@@ -197,6 +202,8 @@ def test_faults_of_the_user_are_named(tmp_path: Path, questions: Path):
     stage2 = tiny_runs.run_config(phase("stage2"), start, questions, steps=1)
     with pytest.raises(ConfigError, match=r"config\.init"):
         train.train(dataclasses.replace(stage2, init=""), tmp_path / "c")
+    with pytest.raises(ConfigError, match=r"'[(]' is no regular expression"):
+        train.train(dataclasses.replace(stage2, train=("(",)), tmp_path / "e")
     with pytest.raises(ConfigError, match="matches no parameter"):
         train.train(dataclasses.replace(stage2, train=("llm/typo/.*",)), tmp_path / "d")
     train.train(stage2, tmp_path / "e")

@@ -34,6 +34,7 @@ from medmoe_jax.data.placement import Placement, place
 from medmoe_jax.data.problems import DataError
 from medmoe_jax.data.size import MAX_PIXELS, check_pixels
 
+LONGEST_NAME = 300  # letters of a path that messages show whole
 WHITE = (255, 255, 255)
 MAX_WORK_PIXELS = 4 * MAX_PIXELS  # after padding to a square, or after resizing
 SUFFIXES = {
@@ -128,8 +129,13 @@ def find_image(folder: str | Path, name: str) -> Path:
         raise DataError(
             f"image {name!r} points out of the image folder; write it relative to the folder"
         )
-    if not path.is_file():
-        raise DataError(f"image {name!r} is not in {folder}")
+    shown = name if len(name) <= LONGEST_NAME else f"{name[:80]}..."  # an image as text, mostly
+    try:
+        there = path.is_file()
+    except OSError as error:
+        raise DataError(f"image {shown!r} cannot be read: {error.strerror}") from error
+    if not there:
+        raise DataError(f"image {shown!r} is not in {folder}")
     if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise DataError(
             f"image {name!r} is a link that leaves {folder}; copy the file, or give the folder it "
@@ -226,6 +232,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    image.load()  # Pillow turns TIFF files itself, while it decodes them
     try:
         turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # a broken EXIF block says nothing about orientation; viewers ignore it too

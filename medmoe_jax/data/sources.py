@@ -16,6 +16,8 @@ What is read of a row (everything else is ignored):
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -194,24 +196,41 @@ def choose_per_modality(samples: Sequence[Sample], n: int, seed: int) -> list[Sa
 
 
 def records(file: Path) -> Iterator[tuple[int, Any, str]]:
-    """Number, content and '' of each row; a JSONL line that is no JSON comes as None, reason."""
+    """Number, content and '' of each row; a row that is no JSON or no text as None, reason."""
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"data file {file} cannot be read: {error}") from error
+    halves = re.search(r"\\u[dD][89a-fA-F]", text) is not None
     if text.lstrip().startswith("["):
         try:
             records = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise DataError(f"data file {file} is no JSON: {error}") from error
-        yield from ((row, record, "") for row, record in enumerate(records))
+        for row, record in enumerate(records):
+            fault = _text_fault(record) if halves else ""
+            yield row, None if fault else record, fault
         return
     for row, line in enumerate(text.split("\n")):
         if line.strip():
             try:
-                yield row, json.loads(line), ""
-            except json.JSONDecodeError as error:
+                record = json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
                 yield row, None, f"the line is no JSON: {error}"
+            else:
+                fault = _text_fault(record) if halves else ""
+                yield row, None if fault else record, fault
+
+
+def _text_fault(record: Any) -> str:
+    """Why a row cannot be used where it holds halves of characters, '' where it does not: JSON can
+    write them, a tokenizer and a text file cannot."""
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        return f"the row holds half a character ({half}); remove it, or write it whole"
+    return ""
 
 
 def _sample(record: Any, file: str, row: int, notes: Counter[str]) -> Sample:
@@ -275,7 +294,8 @@ def read_turns(record: dict[str, Any]) -> list[Turn]:
         if not isinstance(turn, dict) or turn.get("from") not in (HUMAN, GPT):
             raise DataError(f"turn {place} has no 'from' that is '{HUMAN}' or '{GPT}'")
         value = turn.get("value")
-        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        missing = isinstance(value, float) and not math.isfinite(value)  # as pandas writes it
+        if missing or isinstance(value, bool) or not isinstance(value, (str, int, float)):
             raise DataError(f"turn {place}: 'value' must be text, not {value!r}")
         turns.append((turn["from"], str(value)))
     turns = list(from_human(turns))

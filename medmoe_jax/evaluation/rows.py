@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ def pair(
         raise DataError(f"rows are paired by 'id' or by 'order', not by {how!r}")
     if not rows:
         raise DataError(f"{names[0]}: no rows")
-    ids = [row.get("question_id", row.get("id", number)) for number, row in enumerate(rows)]
+    ids = [_id(row, number) for number, row in enumerate(rows)]
     keys = [str(key) for key in ids]
     if how == "order":
         if len(rows) != len(predictions):
@@ -116,6 +117,10 @@ def pair(
     ]
 
 
+def _id(row: dict[str, Any], number: int) -> Any:
+    return next((row[key] for key in ("question_id", "id") if row.get(key) is not None), number)
+
+
 def _once(keys: Sequence[str], name: str) -> None:
     doubled = [key for key, times in Counter(keys).items() if times > 1]
     if doubled:
@@ -131,10 +136,10 @@ def _item(
     here, there = f"{names[0]}: row {key!r}", f"{names[1]}: the answer to {key!r}"
     turns = row.get("conversations") or row.get("conversatons") or []
     try:
-        texts = [str(turn["value"]) for turn in turns]
+        texts = [turn["value"] for turn in turns]
         if turns and turns[0].get("from") == "gpt":
             texts = texts[1:]
-        question, reference = texts[:2]
+        question, reference = map(_text, texts[:2])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{here} has no question with an answer") from error
     question = question.replace(IMAGE, "").strip()
@@ -163,6 +168,14 @@ def _item(
         shown=str(metadata.get("images") or ""),
         error=str(metadata.get("error") or ""),
     )
+
+
+def _text(value: Any) -> str:
+    """Text or a number as text. Raises ValueError on anything else: it is no answer."""
+    finite = isinstance(value, (int, float)) and math.isfinite(value)
+    if isinstance(value, bool) or not (finite or isinstance(value, str)):
+        raise ValueError(repr(value))
+    return str(value)
 
 
 def _first(row: dict[str, Any], *keys: str) -> Any:

@@ -18,6 +18,7 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
+from medmoe_jax import limits
 from medmoe_jax.config import ConfigError, RunConfig
 from medmoe_jax.plan import estimate, programs, report, search, targets
 
@@ -99,6 +100,7 @@ def main(_: list[str]) -> None:
             return
         if FLAGS.config is None or not FLAGS.target:
             raise ConfigError("give --config and --target, or --table FOLDER")
+        limits.check(FLAGS.config)
         targets.prepare(FLAGS.target)
         target = targets.load(FLAGS.target)
         cfg: RunConfig = FLAGS.config

@@ -92,6 +92,8 @@ class Reading:
             clean = " ".join(clean.replace(IMAGE_TOKEN, " ").split())
         if not clean:
             raise DataError(f"the {what} is empty")
+        if any("\ud800" <= letter <= "\udfff" for letter in clean):
+            raise DataError(f"the {what} holds half a character: {clean!a}")
         return clean
 
     def answer_type(self, value: Any, answer: str) -> str:
