@@ -219,16 +219,17 @@ def options(question: str) -> list[list[str]]:
     """Options that a question names, as lists of words (see `strict`).
 
     Args:
-      question: its text. Options are what its last [...] or "Options: ..." lists with commas, as in
-        LLaVA-Med's "Please choose from the following two options: [left, right]"; else the words
-        on both sides of each "or".
+      question: its text. Options are what its last [...] or "Options: ..." lists with semicolons,
+        as the prompts for MedMNIST, or else with commas, as in LLaVA-Med's "Please choose from the
+        following two options: [left, right]"; without a list the words on both sides of each "or".
 
     Returns:
       One list of words an option; empty where there are none.
     """
     listed = re.findall(r"\[([^\]]*)\]|options: ([^\s\[][^.?\n]*)", question.lower())
     if listed:
-        return [split_words(option) for option in "".join(listed[-1]).split(",")]
+        text = "".join(listed[-1])
+        return [split_words(option) for option in text.split(";" if ";" in text else ",")]
     words = split_words(question)
     places = [i for i in range(1, len(words) - 1) if words[i] == "or"]
     return [[words[i + side]] for i in places for side in (-1, 1)]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from medmoe_jax.data.prepare import medmnist
 from medmoe_jax.data.sources import ANSWER_TYPES, CLOSED, OPEN
 from medmoe_jax.metrics import (
     Answer,
@@ -230,9 +231,19 @@ def test_strict_closed_is_never_above_official(
         assert mine.get("closed_correct", False) <= theirs.get("closed_correct", True)
 
 
+def test_naming_two_classes_is_no_answer() -> None:
+    question = medmnist.prompt(medmnist.SETS["pneumoniamnist"])
+    answers = [
+        Answer("normal", said, "CLOSED", question) for said in ("Normal.", "normal or pneumonia")
+    ]
+    assert [row["closed_correct"] for row in strict(answers)["per_sample"]] == [True, False]
+
+
 def test_options() -> None:
     assert options("Is it CT or an MRI?") == [["ct"], ["mri"]]
     assert options("[a] Which one? [Left lung, none]") == [["left", "lung"], ["0"]]
     assert options("Which? Options: liver, left kidney.") == [["liver"], ["left", "kidney"]]
     assert options("Choose from the following two options: [Yes, No]") == [["yes"], ["no"]]
+    named = options("What?\nChoose one of these options: left, or right (lung); heart.")
+    assert named == [["left", "or", "right", "lung"], ["heart"]]
     assert options("Or is it?") == []
