@@ -14,10 +14,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from medmoe_jax import hardware
+from medmoe_jax import distributed, hardware
 from medmoe_jax.config import ConfigError, RunConfig
 from medmoe_jax.data.sources import Sample
-from medmoe_jax.distributed import leads
 from medmoe_jax.flops import Costs
 from medmoe_jax.sharding import own_rows
 
@@ -36,6 +35,7 @@ class MetricWriter:
         # The last line may be cut off where the run was killed.
         whole = [line for line in lines if line.endswith("}")]
         kept = [line for line in whole if json.loads(line)["step"] <= first_step]
+        self.kept: list[dict[str, Any]] = [json.loads(line) for line in kept]
         path.write_text("".join(f"{line}\n" for line in kept))
         self._file = path.open("a", buffering=1)
         self._board = None
@@ -117,7 +117,8 @@ class Reporter:
         peak = hardware.peak(jax.devices()[0].device_kind, cfg.compute_dtype)
         self._peak = None if peak is None else peak * jax.device_count()
         self._patches = patches
-        self._writer = MetricWriter(workdir, first, cfg.log.tensorboard) if leads() else None
+        leads = distributed.leads()
+        self._writer = MetricWriter(workdir, first, cfg.log.tensorboard) if leads else None
         self._bar = tqdm(
             total=total,
             initial=first,
@@ -125,11 +126,14 @@ class Reporter:
             unit="step",
             dynamic_ncols=True,
             mininterval=1.0,
-            disable=not leads(),
+            disable=not leads,
         )
         self._pending: tuple[int, dict[str, Any], dict[str, np.ndarray], float] | None = None
         self._last = time.perf_counter()
-        self.latest: dict[str, float] = {}  # loss of the last step that was read
+        known = [one["loss"] for one in self._kept() if "loss" in one]
+        self.latest: dict[str, float] = (
+            {"loss": known[-1]} if known else {}
+        )  # of the last step read
 
     def add(
         self, number: int, metrics: dict[str, Any], batch: dict[str, np.ndarray], waited: float
@@ -164,6 +168,15 @@ class Reporter:
             if self._peak is not None:
                 scalars["mfu"] = flops / seconds / self._peak
             self._writer.write(number, scalars | {"seconds": seconds, "data_seconds": waited})
+
+    def has(self, number: int, prefix: str) -> bool:
+        """Whether the run had written figures with this prefix behind step `number` when it ended
+        and was resumed. Of several processes all must ask."""
+        mine = [one for one in self._kept() if one["step"] == number]
+        return distributed.gathered(any(k.startswith(prefix) for one in mine for k in one))[0]
+
+    def _kept(self) -> list[dict[str, Any]]:
+        return self._writer.kept if self._writer else []
 
     def evaluated(self, number: int, figures: dict[str, float]) -> None:
         """Writes the figures of an evaluation behind step `number`; its time is not the step's."""

@@ -189,9 +189,11 @@ def position(stream: pipeline.Batches) -> dict[str, Any]:
 
 
 def check_workdir(cfg: RunConfig, workdir: Path) -> None:
-    """Raises ConfigError where the workdir holds another run, finished or not."""
-    path = workdir / "run.json"
-    old = json.loads(path.read_text()) if path.exists() else {}
+    """Raises ConfigError where the workdir holds another run, finished or not. One that ended
+    before it saved anything may be begun anew with other settings."""
+    path, steps = workdir / "run.json", (workdir / "checkpoints").glob("*")
+    begun = (workdir / "model").exists() or any(step.name.isdigit() for step in steps)
+    old = json.loads(path.read_text()) if begun and path.exists() else {}
     new = json.loads(json.dumps(dataclasses.asdict(cfg)))
     changed = [k for k in new if old and k not in FREE and new[k] != old.get(k)]
     if changed:
@@ -268,6 +270,10 @@ def train(cfg: RunConfig, workdir: Path) -> None:
         jax.set_mesh(mesh),
         distributed.preemption() as preempted,
     ):
+        # The run may have ended behind saving a step and before that step's evaluation.
+        owed = validation if validation and first and validation.due(first, total) else None
+        if owed and not reporter.has(first, owed.prefix):
+            reporter.evaluated(first, owed(frozen | state.train))
         for number in range(first + 1, total + 1):
             trace.begin(number)
             asked = time.perf_counter()

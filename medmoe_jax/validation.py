@@ -29,12 +29,14 @@ class Validation:
         """Reads the questions; nothing is loaded onto the device.
 
         Raises:
-          DataError: the file cannot be read.
+          DataError: the file cannot be read, or has rows without a question and its answer.
         """
         self.cfg, self.model, self.mesh, wanted = cfg, model, mesh, cfg.evaluation
         asked = questions.read_questions(wanted.file)
         self.asked = asked[: wanted.rows] if wanted.rows else asked
         self.rows = rows.read(wanted.file)[: len(self.asked)]
+        # Now, not behind the first steps. Ids may occur twice: answers come in the order of rows.
+        rows.pair(self.rows, [{"text": ""}] * len(self.rows), "order", (wanted.file, "no answers"))
         given = wanted.image_folder or cfg.data.image_folder
         self.folder = sources.image_folder_of(wanted.file, given)
         init = Path(cfg.init)
@@ -42,6 +44,11 @@ class Validation:
         self.spec = images.read_image_spec(
             init / "preprocessor_config.json", cfg.data.image_aspect, cfg.data.view
         )
+
+    @property
+    def prefix(self) -> str:
+        """What the names of its figures begin with."""
+        return f"{self.cfg.evaluation.split}/"
 
     def due(self, step: int, total: int) -> bool:
         """Whether to evaluate behind this step: every N-th and the last one."""
@@ -79,7 +86,7 @@ class Validation:
             question.row: predict.row(question, reply, "", "shown") for question, reply in stream
         }
         answers = [found[question.row] for question in self.asked]
-        summary = report(self.rows, answers, samples=0)["summary"]
+        summary = report(self.rows, answers, pairing="order", samples=0)["summary"]
         return {
-            f"{wanted.split}/{name}": value for name, value in summary.items() if value is not None
+            f"{self.prefix}{name}": value for name, value in summary.items() if value is not None
         }

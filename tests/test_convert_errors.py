@@ -173,6 +173,7 @@ def test_aliases_must_be_equal(tmp_path: Path) -> None:
     ("changes", "expected"),
     [
         ({"model_type": "moe_llava_qwen"}, "model_type 'moe_llava_qwen'"),
+        ({"model_type": ["phi"]}, "model_type ['phi'] is not one that can be converted"),
         ({"qk_layernorm": True}, "qk_layernorm"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling"),

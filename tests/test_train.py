@@ -205,7 +205,7 @@ def test_faults_of_the_user_are_named(tmp_path: Path, questions: Path):
     with pytest.raises(ConfigError, match=r"'[(]' is no regular expression"):
         train.train(dataclasses.replace(stage2, train=("(",)), tmp_path / "e")
     with pytest.raises(ConfigError, match="matches no parameter"):
-        train.train(dataclasses.replace(stage2, train=("llm/typo/.*",)), tmp_path / "d")
+        train.train(dataclasses.replace(stage2, train=("llm/typo/.*",)), tmp_path / "e")
     train.train(stage2, tmp_path / "e")
     other = dataclasses.replace(stage2, seed=1)
     (tmp_path / "e" / "model" / "config.json").unlink()

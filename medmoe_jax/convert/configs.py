@@ -38,7 +38,7 @@ def family(config: dict[str, Any], where: Path) -> str:
     """The language model's family, "phi" or "stablelm". Raises ConversionError on another one."""
     model_type = config.get("model_type")
     known = PLAIN_TYPES | OFFICIAL_TYPES
-    if model_type not in known:
+    if not isinstance(model_type, str) or model_type not in known:
         raise ConversionError(
             f"{where}: model_type {model_type!r} is not one that can be converted; known are "
             f"{', '.join(known)}, and {', '.join(CLIP_TYPES)} for the vision tower"

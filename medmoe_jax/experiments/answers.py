@@ -78,13 +78,13 @@ def score(rows: list[dict[str, Any]], said: list[dict[str, Any]]) -> dict[str, A
 
     Args:
       rows: questions with answers, as in the file.
-      said: the predictions.
+      said: the predictions, in the same order.
 
     Returns:
       images: of each row; task: classification task of each row, "" = none; figures: name -> a
       value (0..1) a row, None where the row does not count.
     """
-    items = pair(rows, said)
+    items = pair(rows, said, "order")
     columns = {
         variant: figures.columns(variant, figures.score(items, variant))
         for variant in ("official", "strict")
