@@ -14,6 +14,7 @@ then 1 if a line could not be answered.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Iterable
@@ -22,6 +23,7 @@ from typing import Any, TextIO
 
 from medmoe_jax import model as loaded
 from medmoe_jax.conversation import Chat
+from medmoe_jax.data import tokens
 from medmoe_jax.data.medical import flags
 from medmoe_jax.data.problems import DataError
 from medmoe_jax.model import Model, Reply
@@ -56,6 +58,7 @@ class Session:
         """Handles one line; False: the session is over. What goes wrong is said, not raised."""
         word, _, rest = text.strip().partition(" ")
         try:
+            tokens.check_text(text)
             if word == "/quit":
                 return False
             if word == "/image":
@@ -174,6 +177,8 @@ def main() -> None:
             session.show(file)
     except loaded.FAULTS as error:
         sys.exit(f"error: {error}")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no UTF-8 is one fault
     by_hand = sys.stdin.isatty()
     faults = run(session, typed() if by_hand else sys.stdin)
     sys.exit(1 if faults and not by_hand else 0)

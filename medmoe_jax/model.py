@@ -63,7 +63,10 @@ class Model(Responder):
 
         Raises:
           DataError: an image cannot be read, or a prompt does not fit the model.
+          ConfigError: a batch of no rows.
         """
+        if batch_size < 1:
+            raise ConfigError(f"batch_size is {batch_size}; it must be 1 or more")
         if isinstance(questions, str):
             return self.answer([self.request(questions, pictures, options)], sampling)[0]
         shown = [None] * len(questions) if pictures is None else pictures

@@ -10,6 +10,7 @@ hold the reason) or nothing could be done at all.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -146,11 +147,22 @@ class Progress:
         """Reads what an interrupted run with the same settings has left.
 
         Raises:
-          DataError: there is a partial file of a run with other settings.
+          DataError: there is a partial file of a run with other settings, or nothing can be written
+            there.
         """
         self.out, self.path = out, out.with_name(out.name + ".partial")
         self.rows: dict[int, dict[str, Any]] = {}
-        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if out.is_dir():
+                raise IsADirectoryError(errno.EISDIR, "it is a folder")
+            out.parent.mkdir(parents=True, exist_ok=True)
+            self._begin(settings)
+        except OSError as error:
+            raise DataError(
+                f"{out} cannot be written ({error.strerror}); name another file with --answers-file"
+            ) from error
+
+    def _begin(self, settings: dict[str, Any]) -> None:
         found = self.path.read_bytes() if self.path.exists() else b""
         # Behind the last line's end is nothing, or a line that was cut by the end of the process.
         size = found.rfind(b"\n") + 1

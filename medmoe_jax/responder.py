@@ -130,7 +130,10 @@ class Responder:
     def request(
         self, question: str, pictures: Pictures, options: Sequence[str] = (), seed: int = 0
     ) -> Request:
-        """A row of a batch; images are read here."""
+        """A row of a batch; images are read here. Raises DataError as `pixels`, and where the
+        options are one text."""
+        if isinstance(options, str):
+            raise DataError(f"`options` is {options!r}; give a list of texts")
         shown = self.pixels(pictures)
         return Request(question, shown, tuple(options), seed, tagged(pictures))
 

@@ -84,6 +84,7 @@ def test_commands(folder: Path, model: medmoe_jax.Model, tmp_path: Path) -> None
         ("/save /no/such/folder/x.json", "No such file"),
         ("/unknown", "unknown command /unknown"),
         ("word " * 9000, "positions"),
+        ("Is there a l\udce9sion?", r"half a character: 'Is there a l\udce9'"),
     ],
 )
 def test_faults_are_said_and_the_session_goes_on(
@@ -106,11 +107,13 @@ def test_piped(folder: Path) -> None:
     words += ["--image", folder / "a.png", "--max-new-tokens", "2"]
     done = subprocess.run(
         words,
-        input="Is there a lesion?\n/image x.png\n",
+        input="Is there a l\udce9sion?\nIs there a lesion?\n/image x.png\n",
         capture_output=True,
         text=True,
+        errors="surrogateescape",
         check=False,
     )
+    assert "half a character: 'Is there a l\\udce9'" in done.stdout
     assert done.stdout.startswith(chat.NOTICE), done.stderr
     assert "confidence" in done.stdout and done.returncode == 1
     words[4] = folder / "nothing"

@@ -188,6 +188,12 @@ def test_other_arguments_that_cannot_work(model: Model) -> None:
         model.score(["Why?"], None, [["<image>"]])
     with pytest.raises(DataError, match="2 questions, 2 entries of pictures and 1 of answers"):
         model.score(["a", "b"], None, [["c"]])
+    with pytest.raises(DataError, match="`options` is 'yes'; give a list"):
+        model.generate("Why?", options="yes")
+    with pytest.raises(DataError, match=r"half a character: .*Why\\ud83d'"):
+        model.generate("Why\ud83d?")
+    with pytest.raises(ConfigError, match="batch_size is 0"):
+        model.generate(["Why?"], batch_size=0)
     with pytest.raises(ConfigError, match="no beam search"):
         model.chat(Sampling(beams=2))
 

@@ -323,6 +323,13 @@ def test_errors_come_before_the_model(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_place_that_cannot_be_written_is_told_first(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for place, reason in ((tmp_path, "it is a folder"), (tmp_path / "file" / "a.jsonl", "File ex")):
+        with pytest.raises(DataError, match=rf"cannot be written \({reason}.*--answers-file"):
+            ask(root, place)
+
+
 def test_too_long_a_question_is_a_row(root: Path, once: Any, tmp_path: Path) -> None:
     rows = [{"id": 0, "text": "what " * 3000}, {"id": 1, "text": "Why?"}]
     tiny_data.save_rows(root / "long.json", rows)

@@ -78,6 +78,15 @@ def load_tokenizer(folder: str | Path, family: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def check_text(text: str) -> None:
+    """Raises DataError where a text holds halves of characters, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        near = text[max(0, error.start - 20) : error.end]
+        raise DataError(f"the text holds half a character: {near!a}") from error
+
+
 def encode(spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> Encoded:
     """Ids and labels of a rendered conversation.
 
@@ -91,6 +100,9 @@ def encode(spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> Encoded
       spans: from `templates.render`.
       tokenizer: a fast one (`load_tokenizer`).
 
+    Raises:
+      DataError: the text holds halves of characters.
+
     Source: `tokenizer_image_token`, `preprocess_phi`, `preprocess_plain` of Med-MoE.
     """
     answers: list[tuple[int, int]] = []  # first and past-the-last character
@@ -102,7 +114,9 @@ def encode(spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> Encoded
     ids: list[int] = []
     labels: list[int] = []
     start = 0  # character at which the part begins
-    for number, part in enumerate("".join(span.text for span in spans).split(IMAGE_TOKEN)):
+    text = "".join(span.text for span in spans)
+    check_text(text)
+    for number, part in enumerate(text.split(IMAGE_TOKEN)):
         if number:
             ids.append(IMAGE_ID)
             labels.append(IGNORE)
