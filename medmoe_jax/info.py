@@ -6,15 +6,16 @@ Counts come from shapes alone; nothing is allocated.
 
 from __future__ import annotations
 
+import sys
 from math import prod
 from typing import Any
 
 import jax
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
-from medmoe_jax import lora
-from medmoe_jax.config import ModelConfig, RunConfig
+from medmoe_jax import command_line, lora
+from medmoe_jax.config import ConfigError, ModelConfig, RunConfig
 from medmoe_jax.models import layers, medmoe
 
 # Paper Table 14: (activated, total) in billions, by family.
@@ -126,13 +127,17 @@ def _paper(cfg: ModelConfig) -> list[str]:
 
 
 def main(_: list[str]) -> None:
-    """Prints the report of --config."""
+    """Prints the report of --config; faults in it end with a message and status 1."""
     config = flags.FLAGS.config
+    try:
+        found = report(config.model.validate())
+        if config.lora.rank:
+            total, active = adapters(config)
+            found += f"\n{f'adapters of rank {config.lora.rank}':<24}{total:>16,}{active:>16,}"
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
     print(f"{config.phase}: {config.model.llm.family}, projector {config.model.projector}")
-    print(report(config.model.validate()))
-    if config.lora.rank:
-        total, active = adapters(config)
-        print(f"{f'adapters of rank {config.lora.rank}':<24}{total:>16,}{active:>16,}")
+    print(found)
 
 
 if __name__ == "__main__":
@@ -140,4 +145,4 @@ if __name__ == "__main__":
         "config", help_string="A file of configs/, as in configs/stage3.py:phi2"
     )
     flags.mark_flag_as_required("config")
-    app.run(main)
+    command_line.run(main)

@@ -24,6 +24,13 @@ def _one_of(*words: str) -> Limit:
 POSITIVE: Limit = lambda value: 0 < value < math.inf, "must be above 0"
 BELOW_ONE: Limit = lambda value: 0 <= value < 1, "must be in [0, 1)"
 
+
+def _all(kind: type | tuple[type, ...], what: str) -> Limit:
+    return lambda value: all(isinstance(n, kind) and n != "" for n in value), f"must hold {what}"
+
+
+NUMBERS, TEXTS = _all((int, float), "numbers"), _all(str, "texts")
+
 LIMITS: dict[str, Limit] = {
     "upcycle": _one_of(*MODES),
     "router_level": _one_of("token", "sample"),
@@ -32,10 +39,19 @@ LIMITS: dict[str, Limit] = {
     "loss_chunk": _least(0),
     "seed": (lambda value: 0 <= value < 2**32, "must be in 0..2**32-1"),
     "data.max_length": _least(1),
-    "data.buckets": (lambda value: all(n >= 1 for n in value), "must be lengths of 1 or more"),
+    "data.files": TEXTS,
+    "data.eval_files": TEXTS,
+    "data.weights": NUMBERS,
+    "data.buckets": (
+        lambda value: all(isinstance(n, int) and n >= 1 for n in value),
+        "must hold lengths of 1 or more",
+    ),
     "data.most_buckets": _least(1),
     "data.workers": _least(0),
     "data.labels_per_modality": _least(0),
+    "train": TEXTS,
+    "lora.targets": TEXTS,
+    "log.profile_steps": _all(int, "whole numbers"),
     "optim.lr": _least(0),
     "optim.warmup": (lambda value: 0 <= value <= 1, "must be a share of the steps, 0 to 1"),
     "optim.epochs": POSITIVE,

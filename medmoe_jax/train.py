@@ -22,12 +22,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import config_flags
 
 from medmoe_jax import (
     checkpoint,
+    command_line,
     compilation,
     distributed,
     flops,
@@ -219,8 +220,13 @@ def train(cfg: RunConfig, workdir: Path) -> None:
     if (workdir / "model" / "config.json").exists():
         say(f"{workdir} is finished: its model is in {workdir / 'model'}")
         return
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_run_config(cfg, workdir)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_run_config(cfg, workdir)
+    except OSError as error:
+        raise ConfigError(
+            f"--workdir {workdir} cannot be written ({error.strerror}); give another folder"
+        ) from error
 
     # --- where the weights come from ---
     mesh = sharding.make_mesh(cfg.mesh)
@@ -369,4 +375,4 @@ if __name__ == "__main__":
         "workdir", None, "Folder of the run: checkpoints, metrics and the finished model"
     )
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    command_line.run(main)

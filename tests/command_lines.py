@@ -65,7 +65,7 @@ def _stopped_argparse(parse: Any) -> Any:
     return parse_args
 
 
-def _stopped_absl(_: Any) -> None:
+def _stopped_absl(_: Any, **__: Any) -> None:
     flags.FLAGS(sys.argv)
     raise Parsed
 

@@ -21,7 +21,7 @@ from medmoe_jax.experiments import compare as comparing
 from medmoe_jax.experiments.catalogue import COMPARISONS, EXPERIMENTS
 from medmoe_jax.experiments.cells import DONE, Cell, Store, every
 from medmoe_jax.experiments.compare import Comparison, Pair, Row
-from medmoe_jax.experiments.config import FilesConfig, Phases, StudyConfig
+from medmoe_jax.experiments.config import AnswersConfig, FilesConfig, Phases, StudyConfig, check
 from medmoe_jax.experiments.result import Claim, Result, Table, claim, markdown
 from medmoe_jax.experiments.statistics import Difference
 from medmoe_jax.experiments.study import Study
@@ -226,6 +226,16 @@ def test_names_on_the_command_line():
     for words in ([], ["table99"]):
         with pytest.raises(ConfigError, match="use all, report or some of table1"):
             main.chosen(words)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"lora_ranks": ()}, {"labels": (0, 5)}, {"bootstrap": -1}, {"answers": AnswersConfig(0, 0)}],
+)
+def test_settings_of_a_study_are_checked(wrong: dict[str, Any]):
+    check(StudyConfig(bootstrap=0))
+    with pytest.raises(ConfigError, match=r"config.lora_ranks is .* must be 1 or more"):
+        check(StudyConfig(**wrong))
 
 
 def test_a_failed_cell_fails_what_needs_it_alone(tmp_path: Path):

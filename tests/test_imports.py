@@ -22,6 +22,7 @@ ALLOWED = {
     r"lora(\.merged)?": r"config|stored|lora\.merged|models\.quantized",
     r"upcycle": r"config|stored",
     r"limits": r"config|upcycle",
+    r"command_line": r"config",
     r"checkpoint": r"config|lora|stored|upcycle",
     r"models\.layers": r"models\.(quantized|one_row)",
     r"models\.attention": r"models\.layers",
@@ -39,10 +40,11 @@ ALLOWED = {
     r"convert\.peft": r"config|checkpoint|lora|convert\..*",
     r"convert(\..*)?": r"config|checkpoint|stored|convert(\..*)?",
     r"provenance": r"config|data\.sources",
-    r"router|step|info": r"config|losses|lora|optim|sharding|models\..*",
+    r"info": r"config|command_line|lora|models\..*",
+    r"router|step": r"config|losses|lora|optim|sharding|models\..*",
     r"flops": r"config|optim",
-    r"plan(\..*)?": r"config|hardware|flops|layout|limits|optim|sharding|step|generate|models\..*"
-    r"|plan\..*",
+    r"plan(\..*)?": r"config|command_line|hardware|flops|layout|limits|optim|sharding|step"
+    r"|generate|models\..*|plan\..*",
     r"layout": r"config|lora|optim|quantize|sharding|step|models\..*",
     r"generate|beam": r"config|losses|sampling|sharding|generate|models\..*",
     r"responder|conversation": r"config|sampling|sharding|generate|beam|responder|data\..*",

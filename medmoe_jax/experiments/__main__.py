@@ -16,17 +16,17 @@ import sys
 import time
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
 
-from medmoe_jax import checkpoint, compilation, distributed
+from medmoe_jax import checkpoint, command_line, compilation, distributed
 from medmoe_jax.config import ConfigError
 from medmoe_jax.convert.report import ConversionError
 from medmoe_jax.data import problems
 from medmoe_jax.experiments import report
 from medmoe_jax.experiments.catalogue import EXPERIMENTS
 from medmoe_jax.experiments.cells import Cell, Store, every
-from medmoe_jax.experiments.config import StudyConfig
+from medmoe_jax.experiments.config import StudyConfig, check
 from medmoe_jax.experiments.study import Study
 from medmoe_jax.metrics import MissingExtra
 from medmoe_jax.report import NotFinite
@@ -158,6 +158,7 @@ def main(argv: list[str]) -> int:
         if given.seeds < 1:
             raise ConfigError(f"--seeds is {given.seeds}; use 1 or more")
         cfg = given.config
+        check(cfg)
         workdir.mkdir(parents=True, exist_ok=True)
         if not cfg.compilation_cache:
             cfg.compilation_cache = str(workdir / "compiled")
@@ -185,4 +186,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("jobs", 1, "Processes that work side by side, each on its share of cores")
     flags.DEFINE_integer("worker", 0, "Number of this one among them; set by the program")
     flags.FLAGS.set_gnu_getopt(True)
-    app.run(main)
+    command_line.run(main, StudyConfig)

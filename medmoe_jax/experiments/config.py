@@ -81,6 +81,19 @@ class StudyConfig:
         return {"phi": self.phi, "stablelm": self.stablelm}[llm]
 
 
+def check(cfg: StudyConfig) -> None:
+    """Raises ConfigError where settings of a study cannot work; those of phases are checked when
+    they run."""
+    lists, answers = (cfg.lora_ranks, cfg.labels), cfg.answers
+    least = min(answers.batch_size, answers.max_new_tokens, *(min(n, default=0) for n in lists))
+    if least < 1 or answers.rows < 0 or cfg.bootstrap < 0:
+        raise ConfigError(
+            f"config.lora_ranks is {cfg.lora_ranks}, labels {cfg.labels}, bootstrap "
+            f"{cfg.bootstrap} and answers {answers}; ranks, labels, batch_size and max_new_tokens "
+            "must be 1 or more (at least one each), rows and bootstrap 0 or more"
+        )
+
+
 def override(config: Any, changes: dict[str, Any]) -> Any:
     """A dataclass with some fields changed, named by dotted paths ("model.moe.top_k").
 

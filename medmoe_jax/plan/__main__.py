@@ -15,10 +15,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 from ml_collections import config_flags
 
-from medmoe_jax import limits
+from medmoe_jax import command_line, limits
 from medmoe_jax.config import ConfigError, RunConfig
 from medmoe_jax.plan import estimate, programs, report, search, targets
 
@@ -129,4 +129,4 @@ if __name__ == "__main__":
     flags.DEFINE_boolean("search", False, "Try meshes, batch sizes and rematerialisation")
     flags.DEFINE_string("json", None, "File to write the plan to")
     flags.DEFINE_string("table", None, "Folder of such files to print as one Markdown table")
-    app.run(main)
+    command_line.run(main)

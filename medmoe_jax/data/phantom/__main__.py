@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 import time
+from pathlib import Path
 
 from medmoe_jax.data.phantom.sheet import contact_sheet
 from medmoe_jax.data.phantom.write import write
@@ -38,6 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.out and not options.sheet:
         parser.error("nothing to do: give --out DIR, --sheet FILE.png or both")
     if options.sheet:
+        Path(options.sheet).parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(options.seed, size=options.size).save(options.sheet)
         print(f"contact sheet: {options.sheet}")
     if options.out:
