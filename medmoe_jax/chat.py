@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from medmoe_jax import model as loaded
+from medmoe_jax.config import natural
 from medmoe_jax.conversation import Chat
 from medmoe_jax.data import tokens
 from medmoe_jax.data.medical import flags
@@ -152,7 +153,7 @@ def main() -> None:
     add("--temperature", type=float, default=0.0, help="0 = the likeliest answer")
     add("--top-p", type=float, default=1.0)
     add("--max-new-tokens", type=int, default=256)
-    add("--seed", type=int, default=0)
+    add("--seed", type=natural, default=0)
     add("--mesh", type=loaded.mesh_sizes, help="DATA,FSDP,EXPERT devices, as 1,2,4; default: one")
     flags.add_view(parser)
     args = parser.parse_args()

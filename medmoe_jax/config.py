@@ -7,6 +7,7 @@
 
 # No `from __future__ import annotations`: command-line overrides read the types of the fields.
 
+import argparse
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -19,6 +20,18 @@ FRESH = "fresh"  # config.router: a random router instead of a pretrained one
 
 class ConfigError(ValueError):
     """A setting that cannot work; the message names it and says what to write instead."""
+
+
+def natural(text: str) -> int:
+    """A whole number on a command line that is not negative, such as a seed: a type of `argparse`.
+
+    Raises:
+      ArgumentTypeError, ValueError: it is none (`argparse` reports both).
+    """
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number} is below 0; give 0 or more")
+    return number
 
 
 @dataclass(unsafe_hash=True)

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from medmoe_jax.config import natural
 from medmoe_jax.data.problems import DataError
 from medmoe_jax.evaluation import plots, text
 from medmoe_jax.evaluation.controls import CONTROLS
@@ -97,8 +98,8 @@ def _parser() -> argparse.ArgumentParser:
         "--abstain-below", type=float, metavar="P", help="withhold answers less sure than P, 0..1"
     )
     parser.add_argument("--plots", type=Path, metavar="DIR", help="pictures of the confidences")
-    parser.add_argument("--bootstrap", type=int, default=SAMPLES, help="draws; 0: no intervals")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument("--bootstrap", type=natural, default=SAMPLES, help="draws; 0: no intervals")
+    parser.add_argument("--seed", type=natural, default=0, help="of the draws")
     return parser
 
 

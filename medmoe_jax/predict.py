@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from medmoe_jax import compilation
 from medmoe_jax import model as loaded
-from medmoe_jax.config import ConfigError
+from medmoe_jax.config import ConfigError, natural
 from medmoe_jax.data import images, questions
 from medmoe_jax.data.medical import flags
 from medmoe_jax.data.problems import DataError
@@ -290,7 +290,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--num-beams", type=int, default=1, help="above 1: beam search")
     add("--max-new-tokens", type=int, default=256)
     add("--stop", action="append", default=[], help="text at which an answer ends; repeatable")
-    add("--seed", type=int, default=0)
+    add("--seed", type=natural, default=0)
     add("--num-chunks", type=int, default=1, help="parts of the file, answered by several runs")
     add("--chunk-idx", type=int, default=0, help="the part to answer, from 0")
     add("--batch-size", type=int, default=16)

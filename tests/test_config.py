@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib.util
 import json
@@ -29,6 +30,7 @@ from medmoe_jax.config import (
     VisionConfig,
     model_from_dict,
     model_to_dict,
+    natural,
 )
 from medmoe_jax.models import medmoe, moe
 
@@ -50,6 +52,14 @@ def phase(name: str, size: str) -> RunConfig:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config(size)
+
+
+def test_numbers_on_command_lines() -> None:
+    assert natural("0") == 0 and natural("12") == 12
+    with pytest.raises(argparse.ArgumentTypeError, match="-1 is below 0; give 0 or more"):
+        natural("-1")
+    with pytest.raises(ValueError, match=r"1\.5"):
+        natural("1.5")
 
 
 def test_placements() -> None:

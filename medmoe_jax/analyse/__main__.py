@@ -27,7 +27,7 @@ from medmoe_jax import compilation
 from medmoe_jax import model as loaded
 from medmoe_jax.analyse import deletion, explain, inputs, plots, routing, saliency, text
 from medmoe_jax.analyse.explain import Explanation, Settings
-from medmoe_jax.config import ConfigError
+from medmoe_jax.config import ConfigError, natural
 from medmoe_jax.data import images, sources, templates
 from medmoe_jax.data.image_store import ImageStore
 from medmoe_jax.data.medical import flags
@@ -253,7 +253,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--steps", type=int, default=Settings.steps, help="of integrated gradients")
     add("--draws", type=int, default=Settings.draws, help="random orders of hiding patches")
     add("--faithfulness", type=int, default=0, metavar="N", help="test the overlays of N questions")
-    add("--seed", type=int, default=0, help="of everything that is drawn")
+    add("--seed", type=natural, default=0, help="of everything that is drawn")
     add("--image-aspect", choices=("pad", "square"), default="pad")
     add("--on-error", choices=("error", "skip"), default="error", help="what a bad row does")
     compilation.add_flag(parser)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from medmoe_jax.checkpoint import CheckpointError
-from medmoe_jax.config import ConfigError
+from medmoe_jax.config import ConfigError, natural
 from medmoe_jax.convert import ConversionError, peft, to_jax, to_torch
 from medmoe_jax.convert.to_torch import LAYOUTS
 from medmoe_jax.convert.torch_files import FLOATS
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         "--router", help="router .pth, kept beside a dense model, put into a MoE model"
     )
     jax.add_argument("--tokenizer", help="folder with tokenizer files")
-    jax.add_argument("--seed", type=int, default=0, help="of a projector that no file holds")
+    jax.add_argument("--seed", type=natural, default=0, help="of a projector that no file holds")
     torch = commands.add_parser("to-torch", help="a model folder to PyTorch files")
     torch.add_argument("src", help="model folder")
     torch.add_argument("dst", help="folder to write")

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from medmoe_jax.config import ConfigError
+from medmoe_jax.config import ConfigError, natural
 from medmoe_jax.demo.checkpoints import PRESET
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"  # of the clone that this file is in
@@ -183,7 +183,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Med-MoE from checkpoint to checkpoint, small.")
     parser.add_argument("--workdir", type=Path, default=Path("runs/demo"))
     parser.add_argument("--llm", choices=sorted(PRESET), default="phi")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--quick", action="store_true", help="few steps of training, no figures")
     args = parser.parse_args()
     try:

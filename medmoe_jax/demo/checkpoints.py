@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from medmoe_jax import checkpoint, presets
-from medmoe_jax.config import ModelConfig
+from medmoe_jax.config import ModelConfig, natural
 from medmoe_jax.convert.to_torch import to_torch
 from medmoe_jax.data import images, phantom, templates, tokens
 from medmoe_jax.demo import pretrain
@@ -157,7 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--llm", choices=sorted(PRESET), default="phi")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--studies", type=int, default=4000, help="pretraining images, hundreds")
     parser.add_argument("--vision-steps", type=int, default=2000)
     parser.add_argument("--language-steps", type=int, default=750)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from medmoe_jax import metrics, placement, predict, quantize
 from medmoe_jax import model as loaded
-from medmoe_jax.config import ModelConfig
+from medmoe_jax.config import ModelConfig, natural
 from medmoe_jax.data import questions
 from medmoe_jax.data.problems import DataError
 from medmoe_jax.data.questions import Question
@@ -240,7 +240,7 @@ def arguments() -> argparse.ArgumentParser:
         help="of the model",
     )
     add("--group", type=int, default=quantize.GROUP, help="inputs that share a step with 4 bits")
-    add("--limit", type=int, default=0, help="take the first questions only; 0 = all")
+    add("--limit", type=natural, default=0, help="take the first questions only; 0 = all")
     add("--batch-size", type=int, default=16)
     add("--max-new-tokens", type=int, default=64)
     add("--conv-mode", default="", help="phi or stablelm; default: the model's")

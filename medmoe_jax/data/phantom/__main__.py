@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+from medmoe_jax.config import natural
 from medmoe_jax.data.phantom.sheet import contact_sheet
 from medmoe_jax.data.phantom.write import write
 
@@ -20,7 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
         description="Writes synthetic medical studies: PNG images and LLaVA-Med-style JSON.",
     )
     parser.add_argument("--out", help="folder to write; made if absent")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--train", type=int, default=1600, help="number of training images")
     parser.add_argument("--test", type=int, default=240, help="number of held-out images")
     parser.add_argument("--size", type=int, default=224, help="longer side of an image, pixels")

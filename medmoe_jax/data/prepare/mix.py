@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from medmoe_jax.config import MODALITIES
+from medmoe_jax.config import MODALITIES, natural
 from medmoe_jax.data.images import find_image
 from medmoe_jax.data.prepare import folders
 from medmoe_jax.data.prepare.types import (
@@ -177,7 +177,7 @@ def _events(chosen: Sequence[Part]) -> Iterator[Event]:
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--recipe", choices=(*RECIPES, "router"), required=True, help="what to mix, see above")
-    add("--seed", type=int, default=0, help="of the rows that router draws")
+    add("--seed", type=natural, default=0, help="of the rows that router draws")
     add("--per-modality", type=int, default=PER_MODALITY, help="rows that router draws")
 
 
