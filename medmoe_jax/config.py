@@ -9,6 +9,7 @@
 
 import argparse
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -23,15 +24,25 @@ class ConfigError(ValueError):
 
 
 def natural(text: str) -> int:
-    """A whole number on a command line that is not negative, such as a seed: a type of `argparse`.
-
-    Raises:
-      ArgumentTypeError, ValueError: it is none (`argparse` reports both).
-    """
-    number = int(text)
-    if number < 0:
+    """A whole number of 0 or more on a command line, such as a seed: a type of `argparse`."""
+    if (number := int(text)) < 0:
         raise argparse.ArgumentTypeError(f"{number} is below 0; give 0 or more")
     return number
+
+
+def _check_kinds(part: str, config: Any) -> None:
+    """Raises ConfigError where a number of `config` is none, or a size is below 1."""
+    for one in dataclasses.fields(config):
+        value: Any = getattr(config, one.name)
+        low, kinds, what = 1, (int,), "whole number"
+        if one.type is float:
+            low, kinds, what = 0, (int, float), "number"
+        low = -math.inf if one.name in ("select_layer", "experts", "top_k") else low
+        fits = isinstance(value, kinds) and not isinstance(value, bool) and value >= low
+        if one.type in (int, float) and not fits:
+            raise ConfigError(
+                f"{part}: {one.name} is {value!r}; it must be a {what}, {low} or more"
+            )
 
 
 @dataclass(unsafe_hash=True)
@@ -64,6 +75,7 @@ class VisionConfig:
 
     def validate(self) -> None:
         """Raises ConfigError where the sizes do not fit together."""
+        _check_kinds("vision", self)
         if self.image_size % self.patch_size:
             raise ConfigError(
                 f"vision: image_size {self.image_size} is not a multiple of patch_size "
@@ -107,6 +119,7 @@ class LlmConfig:
 
     def validate(self) -> None:
         """Raises ConfigError where the sizes do not fit together."""
+        _check_kinds("llm", self)
         if self.family not in ("phi", "stablelm"):
             raise ConfigError(f"llm: family {self.family!r} is unknown; use 'phi' or 'stablelm'")
         if self.width % self.heads or self.heads % self.kv_heads:
@@ -114,6 +127,8 @@ class LlmConfig:
                 f"llm: width {self.width}, heads {self.heads} and kv_heads {self.kv_heads} must "
                 "divide one another in turn"
             )
+        if (share := self.rotary_fraction) > 1:
+            raise ConfigError(f"llm: rotary_fraction is {share}; it is a share, 0 to 1")
         if self.rotary_dim % 2:
             raise ConfigError(
                 f"llm: rotary_fraction {self.rotary_fraction} gives an odd number "
@@ -170,6 +185,7 @@ class MoeConfig:
 
     def validate(self, n_layers: int) -> None:
         """Raises ConfigError where the settings do not fit together."""
+        _check_kinds("moe", self)
         self.layers(n_layers)
         if self.experts < 2:
             raise ConfigError(f"moe.experts is {self.experts}; a mixture needs at least 2")
@@ -199,7 +215,7 @@ class ModelConfig:
         """Linear layers of the projector. Raises ConfigError on an unknown name."""
         if self.projector == "linear":
             return 1
-        depth = self.projector.removeprefix("mlp").removesuffix("x_gelu")
+        depth = str(self.projector).removeprefix("mlp").removesuffix("x_gelu")
         if self.projector == f"mlp{depth}x_gelu" and depth.isdigit() and int(depth) > 0:
             return int(depth)
         raise ConfigError(

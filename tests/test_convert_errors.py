@@ -181,6 +181,23 @@ def test_aliases_must_be_equal(tmp_path: Path) -> None:
         ({"mm_vision_select_feature": "cls_patch"}, "cls_patch"),
         ({"vocab_size": None}, "'vocab_size'"),
         ({"num_attention_heads": 5}, "heads 5"),
+        ({"num_attention_heads": 0}, "heads is 0; it must be a whole number, 1 or more"),
+        ({"num_key_value_heads": "4"}, "kv_heads is '4'; it must be a whole number"),
+        ({"partial_rotary_factor": "half"}, "'partial_rotary_factor' is 'half', not a number"),
+        ({"partial_rotary_factor": 1.5}, "rotary_fraction is 1.5; it is a share"),
+        ({"layer_norm_eps": [1e-5]}, "'layer_norm_eps' is [1e-05], not a number"),
+        ({"layer_norm_eps": -1.0}, "norm_eps is -1.0; it must be a number, 0 or more"),
+        ({"mm_vision_select_layer": "-2"}, "'mm_vision_select_layer' is '-2', not a number"),
+        ({"image_projector_type": None}, "projector None is unknown"),
+        ({"moe": ["sparse"]}, "'moe' is ['sparse'], not an object"),
+        (
+            {"moe": {"moe_enable": True, "num_experts": [2], "router_aux_loss_coef": None}},
+            "'router_aux_loss_coef' is None, not a number",
+        ),
+        (
+            {"moe": {"moe_enable": True, "num_experts": [2], "moe_layers_idx": 1}},
+            "moe.moe_layers_idx is 1, not a list of layer numbers",
+        ),
         ({"image_projector_type": "qformer4_36"}, "qformer4_36"),
         (
             {"moe": {"moe_enable": True, "num_experts": [3, 4]}},

@@ -61,15 +61,16 @@ def read_llm(config: dict[str, Any], keys: Collection[str], where: Path) -> LlmC
     """
     name = family(config, where)
     _refuse_unsupported(config, name, where)
-    rope = config.get("rope_parameters") or {}
+    rope = _object(config, "rope_parameters", where)
     width = _field(config, where, "hidden_size", "n_embd")
     heads = _field(config, where, "num_attention_heads", "n_head")
     fraction = rope.get("partial_rotary_factor", 0.5 if name == "phi" else 0.25)
     for spelling in ("partial_rotary_factor", "rope_pct"):
         fraction = config.get(spelling, fraction)
     if config.get("rotary_dim") is not None:  # phi-msft counts dimensions
-        fraction = config["rotary_dim"] * heads / width
-        if int(fraction * (width // heads)) < config["rotary_dim"]:
+        dims = number(config["rotary_dim"], "rotary_dim", where)
+        fraction = dims * heads / width
+        if int(fraction * (width // heads)) < dims:
             fraction = math.nextafter(fraction, 1.0)
     qkv_bias = config.get("use_qkv_bias", any(".q_proj.bias" in k for k in keys))
     llm = LlmConfig(
@@ -80,9 +81,11 @@ def read_llm(config: dict[str, Any], keys: Collection[str], where: Path) -> LlmC
         ffn=config.get("intermediate_size", config.get("n_inner")) or 4 * width,
         heads=heads,
         kv_heads=config.get("num_key_value_heads", config.get("n_head_kv")) or heads,
-        rotary_fraction=float(fraction),
-        rope_theta=float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0),
-        norm_eps=float(_norm_eps(config)),
+        rotary_fraction=number(fraction, "partial_rotary_factor", where),
+        rope_theta=number(
+            config.get("rope_theta") or rope.get("rope_theta") or 10000.0, "rope_theta", where
+        ),
+        norm_eps=number(_norm_eps(config), "layer_norm_eps", where),
         qkv_bias=name == "phi" or bool(qkv_bias),
         lm_head_bias="lm_head.bias" in keys,
         max_positions=_field(config, where, "max_position_embeddings", "n_positions"),
@@ -112,7 +115,7 @@ def read_vision(config: dict[str, Any], where: Path, select_layer: int = -2) -> 
             f"({', '.join(CLIP_TYPES)}); give the folder of the CLIP model with --vision"
         )
     if config["model_type"] == "clip":
-        config = config.get("vision_config") or {}
+        config = _object(config, "vision_config", where)
     vision = VisionConfig(
         image_size=config.get("image_size", 224),
         patch_size=config.get("patch_size", 32),
@@ -174,7 +177,7 @@ def read_moe(
     Raises:
       ConversionError: missing fields, or experts that differ in number.
     """
-    moe = config.get("moe") or {}
+    moe = _object(config, "moe", where)
     if not moe.get("moe_enable", str(config.get("model_type")).startswith("moe_")):
         return None
     given = moe.get("num_experts")
@@ -193,6 +196,11 @@ def read_moe(
     indices, mode = moe.get("moe_layers_idx"), moe.get("moe_mode")
     placement = str(mode)
     if indices:
+        if not isinstance(indices, list) or not all(isinstance(i, int) for i in indices):
+            raise ConversionError(
+                f"{where}: moe.moe_layers_idx is {indices!r}, not a list of layer numbers; get the "
+                "model's own config.json"
+            )
         chosen = tuple(sorted(indices))
         names = [n for n in (mode, *PLACEMENTS) if n in PLACEMENTS]
         same = [n for n in names if MoeConfig(placement=n).layers(layers) == chosen]
@@ -204,7 +212,7 @@ def read_moe(
         placement=placement,
         meta=any(".mlp.meta_moe." in k for k in keys),
         use_residual=bool(moe.get("use_residual", False)),
-        aux_coef=float(moe.get("router_aux_loss_coef", 0.01)),
+        aux_coef=number(moe.get("router_aux_loss_coef", 0.01), "router_aux_loss_coef", where),
         router_layers=max(depths, default=1),
     )
     try:
@@ -244,6 +252,25 @@ def _field(config: dict[str, Any], where: Path, *names: str) -> int:
     return value
 
 
+def number(value: Any, name: str, where: Path) -> float:
+    """Raises ConversionError where the value of a field is no number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ConversionError(
+            f"{where}: field {name!r} is {value!r}, not a number; get the model's own config.json"
+        )
+    return float(value)
+
+
+def _object(config: dict[str, Any], name: str, where: Path) -> dict[str, Any]:
+    """A part of a configuration, {} where it has none. Raises ConversionError on something else."""
+    part = config.get(name) or {}
+    if not isinstance(part, dict):
+        raise ConversionError(
+            f"{where}: field {name!r} is {part!r}, not an object; get the model's own config.json"
+        )
+    return part
+
+
 def _norm_eps(config: dict[str, Any]) -> float:
     """Epsilon of the layer norms, which every family spells in its own way."""
     for name in ("layer_norm_eps", "norm_eps", "layer_norm_epsilon"):
@@ -254,7 +281,7 @@ def _norm_eps(config: dict[str, Any]) -> float:
 
 def _refuse_unsupported(config: dict[str, Any], name: str, where: Path) -> None:
     """Raises ConversionError where a setting asks for mathematics that the models do not have."""
-    rope = config.get("rope_parameters") or {}
+    rope = _object(config, "rope_parameters", where)
     activations = {"phi": ("gelu_new", "gelu_pytorch_tanh"), "stablelm": ("silu", "swish")}[name]
     activation = config.get("hidden_act", config.get("activation_function", activations[0]))
     feature = config.get("mm_vision_select_feature", "patch")

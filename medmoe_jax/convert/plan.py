@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 
 from medmoe_jax.config import ConfigError, LlmConfig, ModelConfig, VisionConfig
-from medmoe_jax.convert.configs import projector_name, read_llm, read_moe
+from medmoe_jax.convert.configs import number, projector_name, read_llm, read_moe
 from medmoe_jax.convert.pieces import Piece, collect, leave_out
 from medmoe_jax.convert.report import ConversionError, Report, raise_all
 from medmoe_jax.convert.sources import PROJECTOR_FILE, Sources, read_tower
@@ -130,7 +130,8 @@ def _place_vision(
 ) -> VisionConfig:
     """Chooses the vision tower's weights: the CLIP folder's, else those in the checkpoint."""
     config = sources.config or {}
-    select = config.get("mm_vision_select_layer", -2)
+    given = config.get("mm_vision_select_layer", -2)
+    select = int(number(given, "mm_vision_select_layer", sources.config_file))
     folder = sources.vision
     if folder and folder.weights:
         for key in tower:
