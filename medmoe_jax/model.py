@@ -198,8 +198,7 @@ def load(
         family = meta.model.llm.family
         tokenizer = tokens.load_tokenizer(folder / "tokenizer", family)
         spec = images.read_image_spec(folder / "preprocessor_config.json", aspect, view)
-        n_experts = meta.model.moe.experts if meta.model.moe else 1
-        ways = 1 if devices is None else sharding.generation_ways(devices, n_experts)
+        ways = 1 if devices is None else sharding.generation_ways(devices, meta.model)
         whole = generate.for_generation({part: params[part] for part in PARTS}, meta.model, ways)
-        ready = placement.placed(whole, kind, bits=bits, mesh=devices, ways=ways)
+        ready = placement.placed(whole, meta.model, kind, bits=bits, mesh=devices)
     return Model(ready, meta.model, tokenizer, spec, template or family, kind, devices)

@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from medmoe_jax.config import ConfigError, MeshConfig
+from medmoe_jax.config import ConfigError, MeshConfig, ModelConfig
 
 AXES = ("data", "fsdp", "expert")
 BOTH = ("expert", "fsdp")
@@ -105,9 +105,10 @@ def generation_spec(
     return spec(path, shape, mesh)
 
 
-def generation_ways(mesh: Mesh | AbstractMesh, n_experts: int) -> int:
+def generation_ways(mesh: Mesh | AbstractMesh, cfg: ModelConfig) -> int:
     """Over how many devices experts are split in generation: all along `expert`, or one where their
     number does not divide."""
+    n_experts = cfg.moe.experts if cfg.moe else 1
     return 1 if n_experts % mesh.shape["expert"] else mesh.shape["expert"]
 
 

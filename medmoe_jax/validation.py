@@ -62,15 +62,14 @@ class Validation:
           flat: all parameters, path -> array, adapters among them.
         """
         wanted, tree = self.cfg.evaluation, unflatten_dict(flat, sep="/")
-        n_experts = self.model.moe.experts if self.model.moe else 1
-        ways = sharding.generation_ways(self.mesh, n_experts)
+        ways = sharding.generation_ways(self.mesh, self.model)
 
         def unstacked(parts: Params) -> Params:
             whole = generate.for_generation(parts, self.model, ways)
             return lora.merge(whole, self.cfg.lora.scale) if self.cfg.lora.rank else whole
 
         parts = {part: tree[part] for part in PARTS}
-        places = placement.places(jax.eval_shape(unstacked, parts), self.mesh, ways)
+        places = placement.places(jax.eval_shape(unstacked, parts), self.model, self.mesh)
         ready = jax.jit(unstacked, out_shardings=places)(parts)
         dtype = jnp.dtype(self.cfg.compute_dtype)
         template = self.cfg.data.template or self.model.llm.family

@@ -131,17 +131,17 @@ def loaded(case: Case) -> Model:
     if case.rank:
         model = medmoe_jax.load(place, mesh=case.mesh)
         assert model.mesh is not None
-        ways = sharding.generation_ways(model.mesh, case.experts)
-        params = with_adapters(case, ways)
-        there = jax.device_put(params, placement.places(params, model.mesh, ways))
+        params = with_adapters(case, sharding.generation_ways(model.mesh, model.config))
+        there = jax.device_put(params, placement.places(params, model.config, model.mesh))
         return dataclasses.replace(model, params=there)
     if case.bits != 4:
         return medmoe_jax.load(place, mesh=case.mesh, bits=case.bits)
     model = medmoe_jax.load(place, mesh=case.mesh)
     assert model.mesh is not None
-    ways = sharding.generation_ways(model.mesh, case.experts)
+    ways = sharding.generation_ways(model.mesh, model.config)
     params = generate.for_generation(checkpoint.open_model(place)[0], model.config, ways)
-    small = placement.placed(params, model.dtype, bits=4, group=GROUP, mesh=model.mesh, ways=ways)
+    how = dict(bits=4, group=GROUP, mesh=model.mesh)
+    small = placement.placed(params, model.config, model.dtype, **how)
     return dataclasses.replace(model, params=small)
 
 

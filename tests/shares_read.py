@@ -37,9 +37,9 @@ def main() -> None:
     placed = layout.place_weights(cfg, flat, label, mesh)
     training = bytes_read() - begun
     mesh = sharding.make_mesh(MeshConfig(1, 1, -1))
-    ways = sharding.generation_ways(mesh, 4)
+    ways = sharding.generation_ways(mesh, meta.model)
     tree = generate.for_generation(params, meta.model, ways)
-    ready = placement.placed(tree, np.float32, mesh=mesh, ways=ways)
+    ready = placement.placed(tree, meta.model, np.float32, mesh=mesh)
     generation = bytes_read() - begun - training
     towers = flatten_dict(ready["vision"]), flatten_dict(params["vision"])
     for have, want in ((placed, flat), towers):

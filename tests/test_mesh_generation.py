@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import subprocess
@@ -23,7 +24,7 @@ import medmoe_jax
 from medmoe_jax import generate, placement, quantize, sharding
 from medmoe_jax.config import ConfigError, MoeConfig
 from medmoe_jax.model import mesh_sizes
-from medmoe_jax.models import medmoe
+from medmoe_jax.models import medmoe, quantized
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -104,7 +105,7 @@ def test_quantized_parameters(bits: int) -> None:
     shapes: Any = jax.eval_shape(partial(generate.for_generation, cfg=cfg), medmoe.shapes(cfg))
     small = jax.eval_shape(partial(quantize.quantize, bits=bits, group=2), shapes)
     mesh: Any = AbstractMesh((1, 2, 4), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
-    places = placement.places(small, mesh, 1)
+    places = placement.places(small, cfg, mesh)
     both = ("expert", "fsdp")
     split = both if bits == 8 else "expert"
     for ffn in (places["llm"]["blocks"][0]["moe"]["experts"][1], places["llm"]["blocks"][1]["mlp"]):
@@ -120,6 +121,56 @@ def test_quantized_parameters(bits: int) -> None:
     stacked = places["vision"]["layers"]["fc1"]["kernel"]  # [L, 8, 16]
     assert stacked.values.spec[1] == (both if bits == 8 else "expert")
     assert places["llm"]["blocks"][0]["moe"]["router"]["fc1"]["kernel"].spec == P(None, None)
+
+
+@pytest.mark.parametrize("bits", [0, 8, 4])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "split", "joined"),
+    [
+        (2, 2, "fsdp", "fsdp"),  # fewer than the eight devices
+        (4, 4, "expert", "expert"),
+        (6, 6, "fsdp", "fsdp"),
+        (32, 32, ("expert", "fsdp"), "expert"),  # 20 groups of inputs: five on a device
+        (32, 4, "expert", "expert"),
+        (8, 2, "fsdp", "fsdp"),
+        (6, 3, None, None),
+        (8, 1, None, None),
+    ],
+)
+def test_attention_is_split_between_heads(
+    heads: int, kv_heads: int, split: Any, joined: Any, bits: int
+) -> None:
+    """A device has whole heads of keys and values, as the cache has them, and all queries that read
+    them; with 4 bits (the last column) `out` is cut between groups of inputs besides."""
+    mesh: Any = AbstractMesh((1, 2, 4), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+    cfg = tiny_runs.model_config("phi")
+    llm = dataclasses.replace(cfg.llm, width=480, heads=heads, kv_heads=kv_heads)
+    cfg = dataclasses.replace(cfg, llm=llm)
+    d, kv, group = llm.width, kv_heads * llm.head_dim, 24
+
+    def linear(n_in: int, n_out: int) -> dict[str, Any]:
+        sizes = {"kernel": (n_in, n_out), "bias": (n_out,)}
+        sizes |= {"lora_a": (n_in, 2), "lora_b": (2, n_out)}
+        leaves: dict[str, Any] = {k: jax.ShapeDtypeStruct(v, np.float32) for k, v in sizes.items()}
+        if bits:
+            small = partial(quantize.kernel, bits=bits, group=group)
+            leaves["kernel"] = jax.eval_shape(small, leaves["kernel"])
+        return leaves
+
+    attn = {"q": linear(d, d), "k": linear(d, kv), "v": linear(d, kv), "out": linear(d, d)}
+    tree = {"llm": {"blocks": ({"layers": {"attn": attn}},)}}
+    found = placement.places(tree, cfg, mesh)["llm"]["blocks"][0]["layers"]["attn"]
+    cut = {"kernel": P(None, split), "bias": P(split), "lora_a": P(None, None)}
+    cut |= {"lora_b": P(None, split)}
+    joined = P(joined if bits == 4 else split, None)
+    ends = {"kernel": joined, "bias": P(None), "lora_a": P(split, None), "lora_b": P(None, None)}
+    for name, layer in attn.items():
+        want = cut if name in "qkv" else ends
+        for leaf, value in layer.items():
+            have = jax.tree.map(lambda place: place.spec, found[name][leaf])
+            assert have == quantized.split(value, want[leaf]), (name, leaf)
+    cache = sharding.fitting(sharding.BOTH, kv_heads, mesh)
+    assert cache == ((split,) if isinstance(split, str) else (split or ()))
 
 
 def test_a_mesh_of_one_device(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def test_training_and_generation_read_leaf_by_leaf(
         np.testing.assert_array_equal(np.asarray(sharding.put(leaf, here)), flat[path])
     assert sum(read.sizes) == whole
     read.sizes.clear()
-    ready = placement.placed(generate.for_generation(tree, cfg), np.float32)
+    ready = placement.placed(generate.for_generation(tree, cfg), cfg, np.float32)
     assert sum(read.sizes) == whole
     assert max(read.sizes) == max(leaf.nbytes for leaf in jax.tree.leaves(ready))
     assert max(read.sizes) < max(leaf.nbytes for leaf in jax.tree.leaves(params))
