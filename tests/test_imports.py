@@ -54,7 +54,7 @@ ALLOWED = {
     r"analyse\.(geometry|deletion)": r"data\.placement|evaluation\.bootstrap",
     r"analyse\.[a-z]+": r"config|losses|metrics|sampling|generate|quantize|responder|data\..*"
     r"|models\..*|evaluation\..*|analyse\..*",
-    r"placement": r"quantize|sharding|models\..*",
+    r"placement": r"config|quantize|sharding|models\..*",
     r"evaluation(\..*)?": r"config|metrics|data\.(problems|sources)|evaluation(\..*)?",
 }
 ENTRY = r"train|info|chat|evaluate|(.*\.)?__main__"
