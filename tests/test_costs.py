@@ -92,20 +92,8 @@ def test_a_layer_on_a_tpu_and_a_gpu(target: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.tpu
-@pytest.mark.parametrize(
-    ("target", "prompts"),
-    [
-        ("v5e:1x1", 1),
-        pytest.param(
-            *("v5e:1x1", 8),
-            marks=pytest.mark.xfail(
-                strict=True, reason="zeros for the results are more bytes than the experts"
-            ),
-        ),
-        ("h200:1", 1),
-        ("h200:1", 8),
-    ],
-)
+@pytest.mark.parametrize("prompts", [1, 8])
+@pytest.mark.parametrize("target", ["v5e:1x1", "h200:1"])
 def test_generation_copies_no_expert(target: str, prompts: int) -> None:
     """Experts that are arrays of their own move less than a copy of them would."""
     for row in in_generation(target, prompts):

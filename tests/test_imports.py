@@ -17,7 +17,8 @@ PACKAGE = "medmoe_jax"
 # Module (regex) -> what it may import from this package (regex). The first match decides; what is
 # not listed sits above and may import everything but the entry points.
 ALLOWED = {
-    r"config|hardware|losses|metrics|stored|models\.(quantized|one_row)": r"",
+    r"config|hardware|losses|metrics|stored|models\.(one_row|one_expert|int4_rows)": r"",
+    r"models\.quantized": r"models\.int4_rows",
     r"sharding|distributed|compilation|optim|presets|sampling": r"config",
     r"lora(\.merged)?": r"config|stored|lora\.merged|models\.quantized",
     r"upcycle": r"config|stored",
@@ -26,7 +27,8 @@ ALLOWED = {
     r"checkpoint": r"config|lora|stored|upcycle",
     r"models\.layers": r"models\.(quantized|one_row)",
     r"models\.attention": r"models\.layers",
-    r"models\.(grouped|products)": r"models\.layers",
+    r"models\.grouped": r"models\.layers",
+    r"models\.products": r"models\.(layers|one_expert)",
     r"models\.buckets": r"models\.(layers|grouped|products)",
     r"models\.tiles": r"models\.(layers|products|quantized)",
     r"models\.experts": r"sharding|models\.(layers|grouped|buckets|products|quantized|tiles)",

@@ -305,18 +305,17 @@ def test_grouped_products_skip_rows_that_no_expert_owns() -> None:
     assert hlo.work(module(X, line.replace("gmm", "other")), filled=0.25).flops == 400
 
 
-def test_a_grouped_product_with_one_of_the_experts() -> None:
-    """As in generation: of the rows of four experts it visits those of one, of the weights all."""
-    given = ("%o = s32[6] parameter(0)", "%r = f32[64,8] parameter(1)",
-             "%w = f32[1,8,16] parameter(2)", "%y = f32[64,16] parameter(3)")  # fmt: skip
-    line = 'ROOT %z = f32[64,16] custom-call(%o, %r, %w, %y), custom_call_target="tpu_custom_call"'
-    line += ', metadata={op_name="jit(gmm)/pallas_call"}, backend_config={"custom_call_config":'
-    line += '{"cost_estimate":{"flops":"16384","transcendentals":"0"}}}'
-    found = hlo.work(module(*given, line))
-    assert found.flops == 2 * 16 * 8 * 16
-    assert found.traffic == 4 * 8 * 16 + 4 * (64 * 8 + 2 * 64 * 16 + 6) / 4
-    whole = hlo.work(module(*given, line.replace("%w,", "%w4,"), "%w4 = f32[4,8,16] negate(%w)"))
-    assert whole.flops == 2 * 64 * 8 * 16
+def test_a_product_of_one_of_the_experts() -> None:
+    """As in generation: of the rows of four experts it visits those of one, and so of the result,
+    in which the rows of others stay what they are."""
+    given = ("%n = s32[] parameter(0)", "%o = s32[1] parameter(1)", "%r = f32[64,8] parameter(2)",
+             "%w = f32[8,16] parameter(3)", "%y = f32[64,16] parameter(4)")  # fmt: skip
+    line = "ROOT %z = f32[64,16] custom-call(%n, %o, %r, %w, %y), custom_call_target="
+    line += '"tpu_custom_call", metadata={op_name="jit(f)/product_of_one_expert/pallas_call"}, '
+    line += f'backend_config={{"cost_estimate":{{"flops":"{2 * 16 * 8 * 16}"}}}}'
+    found = hlo.work(module(*given, line), filled=0.5)
+    assert found.flops == 16 * 8 * 16
+    assert found.traffic == 4 * (8 * 16 + 16 * 8 + 16 * 16)
 
 
 @pytest.mark.parametrize(
@@ -335,3 +334,13 @@ def test_grouped_products_of_a_gpu(shapes: str, out: str, name: str, want: float
     line += f'"__gpu$xla.gpu.triton", metadata={{op_name="jit(f)/{name}/pallas_call"}}'
     found = hlo.work(module(*given, line))
     assert found.flops == want and not found.kernels
+
+
+def test_products_with_matrices_of_4_bits_on_a_gpu() -> None:
+    """All inputs of all rows count, whatever part of them a program takes."""
+    given = ("%x = bf16[16,128] parameter(0)", "%v = s8[4,16,48] parameter(1)",
+             "%s = f32[4,48] parameter(2)")  # fmt: skip
+    line = "ROOT %y = f32[2,16,48] custom-call(%x, %v, %s), custom_call_target="
+    line += '"__gpu$xla.gpu.triton", metadata={op_name="jit(f)/product_of_int4/pallas_call"}'
+    found = hlo.work(module(*given, line))
+    assert found.flops == 2 * 16 * 128 * 48 and not found.kernels

@@ -44,6 +44,20 @@ def test_arithmetic_outweighs_memory(k: int, n: int) -> None:
     assert 2 * rows * k * n / 197e12 > read / 819e9
 
 
+def test_separate_experts_on_a_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks along each axis, the last ones in part; an expert without rows, and rows
+    without an expert, which are zero."""
+    monkeypatch.setattr(products, "blocks", lambda *_: (128, 128, 128))
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((512, 300)).astype(np.float32)
+    kernels = rng.standard_normal((3, 300, 200)).astype(np.float32)
+    sizes = np.array([256, 0, 128])
+    want = np.zeros((512, 200), np.float32)
+    want[:256], want[256:384] = rows[:256] @ kernels[0], rows[256:384] @ kernels[2]
+    have = products.tpu(rows, list(kernels), jnp.asarray(sizes), tile=128, interpret=True)
+    np.testing.assert_allclose(have, want, atol=1e-4, rtol=1e-5)
+
+
 def test_odd_widths_fall_back_on_a_gpu(caplog: pytest.LogCaptureFixture) -> None:
     products._say.cache_clear()
     rows, kernels = jnp.ones((128, 8)), jnp.arange(1.0, 3.0)[:, None, None] * jnp.ones((2, 8, 12))

@@ -7,7 +7,8 @@ arrays [K, N], as in generation: they are read where they lie, and copied into o
 something is derived.
 
 Source: the TPU kernels are those of `jax.experimental.pallas.ops.tpu.megablox`, with block sizes of
-our own. Those for a GPU are Triton kernels by way of Pallas.
+our own; that for separate kernels is in `one_expert.py`. Those for a GPU are Triton kernels by way
+of Pallas.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from medmoe_jax.models import one_expert
 from medmoe_jax.models.layers import Array
 
 VMEM = 13 * 2**20  # bytes of a TPU core's vector memory (16 MiB are usable) for one kernel's blocks
@@ -172,24 +174,15 @@ _tpu.defvjp(_tpu_forward, _tpu_backward)
 
 
 def _tpu_each(rows: Array, kernels: list[Array], sizes: Array, tile: int, interpret: bool) -> Array:
-    """A call for each expert, which visits its own tiles of one buffer. A copy of the kernels would
-    be more bytes than the zeros below as long as there are fewer rows than E * K."""
-    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
-
+    """A call for each expert, which writes its own tiles of one buffer and reads nothing of it."""
     (r, k), n = rows.shape, kernels[0].shape[1]
-    y = jnp.zeros((r, n), rows.dtype)
-    for e, kernel in enumerate(kernels):
-        y = gmm(
-            rows,
-            kernel[None],
-            _with_rest(sizes, r),
-            preferred_element_type=rows.dtype,
-            tiling=blocks(r, k, n, tile, len(kernels), rows.dtype.itemsize),
-            group_offset=jnp.int32(e),
-            existing_out=y,
-            interpret=interpret,
-        )
-    return y
+    block = blocks(r, k, n, tile, len(kernels), rows.dtype.itemsize)
+    ends, y = jnp.cumsum(sizes), None
+    run = partial(one_expert.product, block=block, experts=len(kernels), interpret=interpret)
+    for kernel, start, size in zip(kernels, ends - sizes, sizes, strict=True):
+        y = run(rows, kernel, start // tile, size // tile, y)
+    assert y is not None
+    return jnp.where((jnp.arange(r) < ends[-1])[:, None], y, 0)
 
 
 def tpu(

@@ -15,16 +15,19 @@ from math import prod
 
 import numpy as np
 
-from medmoe_jax.plan.hlo_memory import COLLECTIVES, Memory, is_grouped, visited
+from medmoe_jax.plan.hlo_memory import COLLECTIVES, ONE_EXPERT, Memory, declared
 from medmoe_jax.plan.hlo_text import Computation, Op, operands, parse
 
 COUNTERS = ("s32", "u32")  # of loops
 # Kernels of splash attention, which do not declare their FLOPs -> products of queries and keys: the
 # backward pass computes the scores again in both of its kernels.
 SPLASH = {"splash_mha_fwd": 2, "splash_mha_dq": 3, "splash_mha_dkv": 4}
-# Our kernel of products of rows with the matrix of their expert on a GPU: Pallas does not hand on
-# to Triton what a kernel declares.
+# Products of rows with the matrix of their expert, which declare FLOPs for all rows that there is
+# room for: on a TPU megablox, and our own for one of the experts.
+GROUPED = ("jit(gmm)", "jit(tgmm)", ONE_EXPERT)
+# Our own on a GPU: Pallas does not hand on to Triton what a kernel declares.
 GROUPED_GPU = "grouped_product"
+INT4_GPU = "product_of_int4"  # likewise
 EXPERT = "rows_of_expert"  # the scope of conditionals of `models.grouped`
 # Custom calls that stand for no work of their own.
 MARKERS = (
@@ -247,10 +250,10 @@ class _Reader:
 
     def _custom(self, within: Computation, op: Op, result: Work) -> None:
         target = op.attribute("custom_call_target").strip('"')
-        declared = re.search(r'"cost_estimate":\{[^{}]*?"flops":"?(\d+)', op.attributes)
-        if declared:
-            share = self._filled * visited(within, op) if is_grouped(op) else 1.0
-            result.flops = float(declared.group(1)) * share
+        flops = declared(op)
+        if flops is not None:
+            grouped = any(name in op.attributes for name in GROUPED)
+            result.flops = flops * (self._filled if grouped else 1.0)
         elif "$gemm" in target or "matmul" in target:
             numbers = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', op.attributes)
             axes = [int(n) for n in re.findall(r"\d+", numbers.group(1))] if numbers else [-1]
@@ -260,6 +263,9 @@ class _Reader:
             result.flops = self._attention(within, op, target)
         elif products := next((n for name, n in SPLASH.items() if name in op.attributes), 0):
             result.flops = self._splash(within, op, products)
+        elif INT4_GPU in op.attributes:
+            rows = operands(within, op)[0].dims
+            result.flops = 2.0 * prod(rows) * op.shapes[0].dims[-1]
         elif GROUPED_GPU in op.attributes:
             rows = next(s.dims for s in operands(within, op) if len(s.dims) == 2)
             result.flops = 2.0 * prod(rows) * op.shapes[0].dims[-1] * self._filled

@@ -6,6 +6,9 @@ changed in place what is changed, of a fusion nothing of what stays inside.
 
 from __future__ import annotations
 
+import re
+from math import prod
+
 from medmoe_jax.plan.hlo_text import Computation, Op, operands
 
 COLLECTIVES = (
@@ -18,22 +21,15 @@ FREE = {
     "replica-id", "opt-barrier", "while", "conditional", "call", "iota", "domain",
 }  # fmt: skip
 SLICES = ("dynamic-slice", "slice", "gather")
-# Products of rows with the matrix of their expert on a TPU: megablox, which declares its FLOPs.
-GROUPED = ("gmm", "tgmm")
+# The kernel of `models.one_expert`: of the rows and the result it visits what belongs to one
+# expert, and declares FLOPs for that. It does not read the array that it writes into.
+ONE_EXPERT = "product_of_one_expert"
 
 
-def is_grouped(op: Op) -> bool:
-    """Whether it is a product of megablox."""
-    return op.kind == "custom-call" and any(f"jit({name})" in op.attributes for name in GROUPED)
-
-
-def visited(within: Computation, op: Op) -> float:
-    """Share of the experts whose rows megablox' product visits: it may be given the matrix of one
-    [1, K, N], beside the borders of the rows of all, i32[E + 2] with those of nobody's."""
-    given = operands(within, op)
-    matrices = next((s.dims[0] for s in given if len(s.dims) == 3), 0)
-    borders = next((s.dims[0] for s in given if len(s.dims) == 1), 0)
-    return matrices / (borders - 2) if matrices and borders > 2 else 1.0
+def declared(op: Op) -> float | None:
+    """The FLOPs that a kernel declares."""
+    found = re.search(r'"cost_estimate":\{[^{}]*?"flops":"?(\d+)', op.attributes)
+    return float(found.group(1)) if found else None
 
 
 def _starts(within: Computation) -> bool:
@@ -88,10 +84,10 @@ class Memory:
             return op.shapes[1].size + op.shapes[1].traffic
         if op.kind.endswith("-start"):  # the result repeats the operands
             return 2 * sum(s.traffic for shapes in given for s in shapes)
-        if is_grouped(op):
-            share = visited(within, op)
-            moved = [*op.shapes, *(s for shapes in given for s in shapes)]
-            return sum(s.traffic * (1 if len(s.dims) == 3 else share) for s in moved)
+        if op.kind == "custom-call" and ONE_EXPERT in op.attributes:
+            rows, kernel = [s for s in operands(within, op) if len(s.dims) == 2][:2]
+            share = (declared(op) or 0.0) / (2 * prod(rows.dims) * kernel.dims[-1])
+            return kernel.traffic + share * (rows.traffic + result)
         return result + sum(s.traffic for shapes in given for s in shapes)
 
     def _read(self, name: str, index: int, size: float) -> float:
