@@ -80,16 +80,6 @@ def test_product(bits: int, d_in: int, rows: int, monkeypatch: pytest.MonkeyPatc
     assert np.abs(y - x @ w).max() > 1e-4 or d_in == 1
 
 
-@pytest.mark.parametrize("d_in", [96, 101])
-@pytest.mark.parametrize("rows", [1, 3])
-def test_product_of_few_rows_on_a_gpu(d_in: int, rows: int) -> None:
-    """The step sizes of 4 bits follow the products."""
-    w, x = kernel(d_in, 7), np.random.default_rng(1).standard_normal((rows, d_in))
-    small = stored(w, 4, 32)
-    y = quantized._int4_few(small, quantized.filled(small, jnp.asarray(x, jnp.float32)))
-    np.testing.assert_allclose(y, x @ rounded(w, 4, 32), rtol=1e-5, atol=1e-4)
-
-
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("rows", [2, 64])
 def test_linear_in_bfloat16(bits: int, rows: int) -> None:
@@ -142,16 +132,13 @@ def test_no_copy_of_the_weights_as_floats(bits: int) -> None:
     assert memory.argument_size_in_bytes < count * n * n * bits / 8 * 1.1
 
 
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
-@pytest.mark.parametrize("bits", BITS)
-def test_accelerators_get_products_behind_a_barrier(bits: int, platform: str) -> None:
-    """The conversion cannot move out of the loop over tokens, and is next to the product: one, or
-    on a GPU one for each half of the bytes of 4 bits."""
-    products = 2 if (bits, platform) == (4, "cuda") else 1
+@pytest.mark.parametrize(("bits", "platform"), [(8, "cuda"), (8, "tpu"), (4, "tpu")])
+def test_accelerators_get_one_product_behind_a_barrier(bits: int, platform: str) -> None:
+    """The conversion cannot move out of the loop over tokens, and is next to the product."""
     small = stored(kernel(256, 256), bits, 128)
     traced = jax.jit(loop).trace((small,), jnp.ones((1, 256), jnp.bfloat16))
     text = traced.lower(lowering_platforms=(platform,)).as_text()
-    assert text.count("stablehlo.while") == 1 and text.count("stablehlo.dot_general") == products
+    assert text.count("stablehlo.while") == 1 and text.count("stablehlo.dot_general") == 1
     assert text.count("stablehlo.optimization_barrier") == 1
     barrier, product = (text.index(f"stablehlo.{n}") for n in ("optimization_b", "dot_general"))
     assert barrier < product
@@ -159,14 +146,14 @@ def test_accelerators_get_products_behind_a_barrier(bits: int, platform: str) ->
 
 @pytest.mark.slow
 @pytest.mark.tpu
-@pytest.mark.parametrize("bits", BITS)
-def test_a_gpu_reads_the_small_numbers_for_one_row(bits: int) -> None:
+@pytest.mark.parametrize(("bits", "rows", "most"), [(8, 1, 1.4), (4, 1, 1.4), (4, 8, 1.5)])
+def test_a_gpu_reads_the_small_numbers(bits: int, rows: int, most: float) -> None:
     """And does not write floats."""
     compilers.need("h200:1")
     targets.prepare("h200:1")
     n = 2048
     w = jax.ShapeDtypeStruct((n, n), jnp.float32)
     small = jax.eval_shape(lambda w: stored(w, bits, 128), w)
-    x = jax.ShapeDtypeStruct((1, n), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((rows, n), jnp.bfloat16)
     moved = layer_costs.costs(quantized.product, targets.load("h200:1"), small, x)["traffic"]
-    assert moved < 1.4 * n * n * bits / 8
+    assert moved < most * n * n * bits / 8

@@ -15,12 +15,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from medmoe_jax.models import int4_rows
+
 Array = jax.Array
 
 INT8_MAX = 127  # symmetric: -128 is not used
 INT4_MAX = 7  # likewise
 AT_ONCE = 1 << 20  # weights that exist as floats at a time on a CPU: what its caches hold
-FEW = 8  # rows up to which a GPU does not write the weights of Int4 out as floats
 
 
 class Int8(NamedTuple):
@@ -125,21 +126,6 @@ def _whole(kernel: Int8 | Int4, x: Array) -> Array:
     return _dot(x, dequantize(kernel))
 
 
-def _int4_few(kernel: Int4, x: Array) -> Array:
-    """As `_whole`, with the step sizes behind the products of each group: for few rows, of which
-    these products are smaller than the weights as floats, which a GPU would write out first."""
-    kernel, x = jax.lax.optimization_barrier((kernel, x))
-    groups, half, _ = kernel.values.shape
-    parts = x.reshape(len(x), groups, 2, half)
-    each = [
-        jnp.einsum(
-            "ngk,gko->gno", parts[:, :, i], v.astype(x.dtype), preferred_element_type=jnp.float32
-        )
-        for i, v in enumerate(_halves(kernel.values))
-    ]
-    return ((each[0] + each[1]) * kernel.scale[:, None]).sum(0)
-
-
 def _int8_steps(kernel: Int8, x: Array) -> Array:
     """As `_whole`, with few rows of the weights as floats at a time."""
     n, out = kernel.values.shape
@@ -177,9 +163,9 @@ def product(kernel: Int8 | Int4, x: Array) -> Array:
 
     Factors are in the dtype of x; products are summed in float32, where the step sizes are
     multiplied in. A CPU goes through the weights in steps, and the step sizes follow the products,
-    as they do for Int4 and few rows on a GPU. Elsewhere, for weights over several devices, and
-    where the result is larger than the weights anyhow, it is one product, before which those of
-    Int4 are multiplied to the weights (in float32, rounded to the dtype of x).
+    as they do for Int4 and few rows on a GPU (`int4_rows.py`). Elsewhere, for weights over several
+    devices, and where the result is larger than the weights anyhow, it is one product, before which
+    those of Int4 are multiplied to the weights (in float32, rounded to the dtype of x).
 
     It can be differentiated by x. What the backward pass keeps for that is the kernel as it is.
 
@@ -209,8 +195,8 @@ def _product(kernel: Int8 | Int4, x: Array) -> Array:
     if len(x) >= x.shape[-1] or jax.sharding.get_abstract_mesh().size > 1:
         return _whole(kernel, x).astype(x.dtype)
     forms: dict[str, Any] = {"cpu": _int8_steps if isinstance(kernel, Int8) else _int4_steps}
-    if isinstance(kernel, Int4) and len(x) <= FEW:
-        forms["cuda"] = _int4_few
+    if isinstance(kernel, Int4) and int4_rows.fits(kernel.values, len(x)):
+        forms["cuda"] = lambda kernel, x: int4_rows.product(*kernel, x)
     return jax.lax.platform_dependent(kernel, x, **forms, default=_whole).astype(x.dtype)
 
 
