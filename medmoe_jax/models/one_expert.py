@@ -48,8 +48,9 @@ def product(
     (r, k), n, (tile, bk, bn) = rows.shape, kernel.shape[1], block
     steps = pl.cdiv(k, bk)
 
-    def body(_: Any, rows_ref: Any, kernel_ref: Any, *refs: Any) -> None:
-        *_, out_ref, total_ref = refs
+    def body(first_ref: Any, rows_ref: Any, kernel_ref: Any, *refs: Any) -> None:
+        out_ref, total_ref = refs[-2:]
+        del first_ref
         step = pl.program_id(2)
 
         def inside(a: Array, axis: int) -> Array:
@@ -60,14 +61,14 @@ def product(
             return jnp.where(place < k, a, 0)
 
         @pl.when(step == 0)
-        def _() -> None:
+        def begin() -> None:
             total_ref[...] = jnp.zeros_like(total_ref)
 
         factors = inside(rows_ref[...], 1), inside(kernel_ref[...], 0)
         total_ref[...] += jnp.dot(*factors, preferred_element_type=jnp.float32)
 
         @pl.when(step == steps - 1)
-        def _() -> None:
+        def end() -> None:
             out_ref[...] = total_ref[...].astype(out_ref.dtype)
 
     before = [] if y is None else [y]

@@ -196,7 +196,7 @@ def _product(kernel: Int8 | Int4, x: Array) -> Array:
         return _whole(kernel, x).astype(x.dtype)
     forms: dict[str, Any] = {"cpu": _int8_steps if isinstance(kernel, Int8) else _int4_steps}
     if isinstance(kernel, Int4) and int4_rows.fits(kernel.values, len(x)):
-        forms["cuda"] = lambda kernel, x: int4_rows.product(*kernel, x)
+        forms["cuda"] = lambda kernel, x: int4_rows.product(kernel.values, kernel.scale, x)
     return jax.lax.platform_dependent(kernel, x, **forms, default=_whole).astype(x.dtype)
 
 
