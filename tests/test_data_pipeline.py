@@ -1,4 +1,4 @@
-"""Batches: contents, order, resuming, sharing among processes, bad rows."""
+"""Batches: contents, order, resuming, sharing among processes."""
 
 from __future__ import annotations
 
@@ -11,61 +11,38 @@ from typing import Any
 
 import numpy as np
 import pytest
+import seven_rows
 import tiny_data
 from PIL import Image
+from seven_rows import PATCHES, ROWS, SPEC, take
 
 from medmoe_jax.config import DataConfig
 from medmoe_jax.data import merge, templates, tokens
-from medmoe_jax.data.check import load_samples, sample_fault
+from medmoe_jax.data.check import load_samples
 from medmoe_jax.data.collate import Collator
 from medmoe_jax.data.image_store import ImageStore
-from medmoe_jax.data.images import ImageSpec, fit, load_image
+from medmoe_jax.data.images import fit, load_image
 from medmoe_jax.data.lengths import sample_lengths
 from medmoe_jax.data.order import plan
 from medmoe_jax.data.pipeline import Batches, build
 from medmoe_jax.data.prepare import tfds_builder
 from medmoe_jax.data.problems import DataError
-from medmoe_jax.data.sources import Loaded, Sample
-
-PATCHES = 4
-ROWS = 7
-SPEC = ImageSpec(8, 8, "pad")
+from medmoe_jax.data.sources import Sample
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tiny_data.save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-    return tokens.load_tokenizer(folder, "phi")
+    return seven_rows.tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture
 def cfg(tmp_path: Path) -> DataConfig:
-    """Seven rows: row 5 has two images, row 6 none, later rows longer answers."""
-    rows = [tiny_data.row(i, "yes " * (4 * i + 1), modality="CT") for i in range(ROWS)]
-    for number in range(ROWS):
-        tiny_data.save_image(tmp_path / "images" / f"i{number}.png", number)
-    rows[5]["image"] = ["i5.png", "i0.png"]
-    rows[5]["conversations"][0]["value"] = "<image> <image> Which?"
-    del rows[6]["image"], rows[6]["modality"]
-    rows[6]["conversations"][0]["value"] = "What is asthma?"
-    file = tiny_data.save_rows(tmp_path / "rows.json", rows)
-    return DataConfig(
-        files=(str(file),),
-        image_folder=str(tmp_path / "images"),
-        max_length=256,
-        buckets=(80, 90, 100, 120, 256),
-    )
+    return seven_rows.config(tmp_path)
 
 
 @pytest.fixture
 def samples(cfg: DataConfig, tokenizer: Any) -> list[Sample]:
     return load_samples(cfg.files, cfg, tokenizer, PATCHES).samples
-
-
-def take(batches: Batches, count: int | None) -> list[dict[str, np.ndarray]]:
-    taken = [dict(batch) for batch in itertools.islice(batches, count)]
-    batches.close()
-    return taken
 
 
 def assert_same(first: list[dict[str, np.ndarray]], second: list[dict[str, np.ndarray]]) -> None:
@@ -350,133 +327,6 @@ def test_evaluation_keeps_the_last_short_batch(
         take(build(samples, tokenizer, SPEC, PATCHES, cfg, 4, 0, False, i, 2), None) for i in (0, 1)
     ]
     assert [part[1]["row"].tolist() for part in parts] == [[4, 5], [6, -1]]
-
-
-def test_broken_image_is_an_error_that_names_it(
-    samples: list[Sample], cfg: DataConfig, tokenizer: Any
-) -> None:
-    (Path(cfg.image_folder) / "i3.png").write_bytes(b"broken")
-    batches = build(samples, tokenizer, SPEC, PATCHES, cfg, 2, 0, train=False)
-    assert next(batches)["row"].tolist() == [0, 1]
-    with pytest.raises(DataError) as caught:
-        next(batches)
-    batches.close()
-    for part in (cfg.files[0], "row 3", "'r3'", "'i3.png' cannot be read", "on_error=skip"):
-        assert part in str(caught.value)
-    assert batches.get_state()["next_batch"] == 1
-
-
-def test_skipped_rows_are_blank_and_counted_once(
-    samples: list[Sample], cfg: DataConfig, tokenizer: Any
-) -> None:
-    whole = take(build(samples, tokenizer, SPEC, PATCHES, cfg, 3, 5), 6)
-    (Path(cfg.image_folder) / "i3.png").unlink()
-    cfg = dataclasses.replace(cfg, on_error="skip")
-    batches = build(samples, tokenizer, SPEC, PATCHES, cfg, 3, 5)
-    taken = take(batches, 6)
-    for one, two in zip(taken, whole, strict=True):
-        bad = two["row"] == 3
-        assert one["tokens"].shape == two["tokens"].shape
-        assert one["row"].tolist() == np.where(bad, -1, two["row"]).tolist()
-        assert not one["mask"][bad].any() and (one["labels"][bad] == -100).all()
-        assert not one["images"][bad].any() and (one["modality"][bad] == -1).all()
-        np.testing.assert_array_equal(one["images"][~bad], two["images"][~bad])
-    assert [(problem.row, problem.id) for problem in batches.problems] == [(3, "r3")]
-    assert "'i3.png' is not in" in batches.problems[0].reason
-
-
-def test_resumed_run_knows_the_rows_skipped_before(
-    samples: list[Sample], cfg: DataConfig, tokenizer: Any
-) -> None:
-    """Wherever it was stopped: those before the saved place once, later ones found anew."""
-    (Path(cfg.image_folder) / "i3.png").unlink()
-    (Path(cfg.image_folder) / "i4.png").write_bytes(b"broken")
-    cfg = dataclasses.replace(cfg, on_error="skip")
-
-    def make() -> Batches:
-        return build(samples, tokenizer, SPEC, PATCHES, cfg, 2, 5, train=False)
-
-    whole = make()
-    take(whole, None)
-    assert [problem.id for problem in whole.problems] == ["r3", "r4"]
-    for stop, found in ((0, []), (1, []), (2, ["r3"]), (3, ["r3", "r4"]), (4, ["r3", "r4"])):
-        first = make()
-        take(first, stop)
-        second = make()
-        second.set_state(json.loads(json.dumps(first.get_state())))
-        assert [problem.id for problem in second.problems] == found
-        take(second, None)
-        assert second.problems == whole.problems
-    second.set_state(make().get_state())
-    assert not second.problems
-
-
-def test_training_leaves_out_batches_without_any_row(
-    samples: list[Sample], cfg: DataConfig, tokenizer: Any
-) -> None:
-    (Path(cfg.image_folder) / "i3.png").unlink()
-    cfg = dataclasses.replace(cfg, on_error="skip")
-    batches = build(samples, tokenizer, SPEC, PATCHES, cfg, 1, 5)
-    rows = []
-    for _ in range(6):
-        rows += next(batches)["row"].tolist()
-        state = batches.get_state()
-        batches.set_state(state)
-    batches.close()
-    assert sorted(rows) == [0, 1, 2, 4, 5, 6]
-    evaluated = take(build(samples, tokenizer, SPEC, PATCHES, cfg, 1, 5, train=False), None)
-    assert [batch["row"].item() for batch in evaluated] == [0, 1, 2, -1, 4, 5, 6]
-
-
-def test_over_long_rows_are_told_and_never_cut(cfg: DataConfig, tokenizer: Any) -> None:
-    lengths = []
-    for sample in load_samples(cfg.files, cfg, tokenizer, PATCHES).samples:
-        coded = tokens.encode(templates.render("phi", sample.turns), tokenizer)
-        lengths.append(merge.merged_length(coded.ids, PATCHES))
-    limit = sorted(lengths)[-2]
-    tight = dataclasses.replace(cfg, max_length=limit)
-    longest = lengths.index(max(lengths))
-    with pytest.raises(DataError, match=rf"1 of 7 [^$]*row {longest} [^$]*{max(lengths)} places"):
-        load_samples(cfg.files, tight, tokenizer, PATCHES)
-    loaded = load_samples(
-        cfg.files, dataclasses.replace(tight, on_error="skip"), tokenizer, PATCHES
-    )
-    assert [sample.row for sample in loaded.samples] == [
-        row for row in range(ROWS) if row != longest
-    ]
-    batches = build(loaded.samples, tokenizer, SPEC, PATCHES, tight, 6, 0, train=False)
-    assert take(batches, None)[0]["tokens"].shape[1] == limit
-
-
-def test_rows_given_without_a_check_are_caught(cfg: DataConfig, tokenizer: Any) -> None:
-    loaded: Loaded = load_samples(cfg.files, cfg, tokenizer, PATCHES)
-    cfg = dataclasses.replace(cfg, max_length=64, buckets=(64,))
-    with pytest.raises(DataError, match=r"row 0 \(id 'r0'\).*max_length is 64"):
-        next(build(loaded.samples, tokenizer, SPEC, PATCHES, cfg, 2, 0, train=False))
-    cfg = dataclasses.replace(cfg, template="plain", max_length=256)
-    with pytest.raises(DataError, match=r"row 5 \(id 'r5'\).*'plain' takes one image"):
-        take(build(loaded.samples, tokenizer, SPEC, PATCHES, cfg, 1, 0, train=False), None)
-
-
-def test_all_problems_come_in_one_error(cfg: DataConfig, tokenizer: Any, tmp_path: Path) -> None:
-    rows = [tiny_data.row(0, "no"), tiny_data.row(1, ""), tiny_data.row(99, "no")]
-    rows.append(tiny_data.row(2, "long " * 300))
-    file = tiny_data.save_rows(tmp_path / "bad.jsonl", rows)
-    with pytest.raises(DataError) as caught:
-        load_samples([file], cfg, tokenizer, PATCHES)
-    reasons = [problem.reason for problem in caught.value.problems]
-    assert [problem.row for problem in caught.value.problems] == [1, 2, 3]
-    for reason, part in zip(reasons, ("empty answer", "'i99.png'", "max_length is"), strict=True):
-        assert part in reason
-
-
-def test_fault_of_text_that_has_more_bytes_than_letters(cfg: DataConfig, tokenizer: Any) -> None:
-    sample = Sample("x", (), (("human", "?"), ("gpt", "胸" * 40)), "", -1, "", "f", 0)
-    length = len(tokens.encode(templates.render("phi", sample.turns), tokenizer).ids)
-    for limit, fault in ((length, ""), (length - 1, f"{length} places with its 0 image(s)")):
-        cut = dataclasses.replace(cfg, max_length=limit)
-        assert sample_fault(sample, cut, tokenizer, PATCHES).startswith(fault)
-        assert bool(sample_fault(sample, cut, tokenizer, PATCHES)) == bool(fault)
 
 
 def test_images_stay_in_memory_if_all_fit(

@@ -1,9 +1,8 @@
-"""Reports of answer files: pairing, official figures, intervals, tables, controls, command line."""
+"""Reports of answer files: pairing, official figures, tables, controls, command line."""
 
 from __future__ import annotations
 
 import json
-import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 from medmoe_jax import evaluate as command
 from medmoe_jax.data import questions
 from medmoe_jax.data.problems import DataError
-from medmoe_jax.evaluation import bleu, bootstrap, controls, figures, rows, text
+from medmoe_jax.evaluation import bootstrap, controls, figures, rows, text
 from medmoe_jax.evaluation.report import report
 from medmoe_jax.metrics import MissingExtra
 
@@ -164,67 +163,6 @@ def test_read(tmp_path: Path) -> None:
         rows.read(file)
     with pytest.raises(DataError, match="cannot be read"):
         rows.read(tmp_path / "absent")
-
-
-def test_intervals_draw_images_not_rows() -> None:
-    # 20 images with 10 equal rows each: as uncertain as 20 rows, not as 200.
-    right = np.repeat(np.arange(20) % 2, 10).astype(float)
-    by_image = [str(i // 10) for i in range(200)]
-    widths = []
-    for clusters in (by_image, [str(i) for i in range(200)]):
-        boot = bootstrap.Bootstrap.draw(clusters, 2000, 3)
-        cell = bootstrap.cells({"x": right}, boot)["x"]
-        assert cell["percent"] == 50 and cell["n"] == 200
-        low, high = cell["ci95"]
-        widths.append(high - low)
-    # Binomial: 2 * 1.96 * sqrt(.25 / n) = 43.8 points for 20, 13.9 for 200.
-    assert widths[0] == pytest.approx(43.8, rel=0.12)
-    assert widths[1] == pytest.approx(13.9, rel=0.12)
-
-
-def test_intervals_are_the_percentiles_of_explicit_resamples() -> None:
-    rng = np.random.default_rng(5)
-    clusters = [str(i) for i in rng.integers(0, 12, 40)]
-    value = np.where(rng.random(40) < 0.2, np.nan, rng.random(40))
-    boot = bootstrap.Bootstrap.draw(clusters, 250, 7)
-    drawn = []
-    for times in boot.times:
-        again = [value[boot.image == i] for i, k in enumerate(times) for _ in range(k)]
-        drawn.append(np.nanmean(np.concatenate(again)))
-    want = 100 * np.percentile(drawn, [2.5, 97.5])
-    assert bootstrap.cells({"x": value}, boot)["x"]["ci95"] == pytest.approx(want.tolist())
-    assert (boot.times.sum(1) == len(set(clusters))).all()
-
-
-def test_intervals_where_there_are_none() -> None:
-    one = bootstrap.Bootstrap.draw(["a", "a"], 20, 0)
-    column = {"x": np.array([0.0, 1.0])}
-    assert bootstrap.cells(column, one)["x"] == {"percent": 50, "n": 2, "ci95": None}
-    none = bootstrap.Bootstrap.draw(["a", "b"], 0, 0)
-    assert bootstrap.cells(column, none)["x"]["ci95"] is None
-    empty = {"x": np.array([np.nan, np.nan])}
-    two = bootstrap.Bootstrap.draw(["a", "b"], 20, 0)
-    assert bootstrap.cells(empty, two)["x"] == {"percent": None, "n": 0, "ci95": None}
-    assert bootstrap.cells({}, two) == {}
-
-
-def test_bleu_is_sacrebleu() -> None:
-    sacrebleu = pytest.importorskip("sacrebleu.metrics")
-    scorer = sacrebleu.BLEU(lowercase=True, effective_order=True)
-    draw = random.Random(2)
-    pairs = [
-        tuple(
-            " ".join(draw.choices(["Left", "lung", "a", "b,"], k=draw.randrange(7))) for _ in "rp"
-        )
-        for _ in range(60)
-    ]
-    counted = bleu.counts(pairs)
-    for (reference, prediction), row in zip(pairs, counted, strict=True):
-        want = scorer.sentence_score(prediction, [reference]).score
-        assert 100 * bleu.score(row) == pytest.approx(want, abs=1e-9)
-    corpus = scorer.corpus_score([p for _, p in pairs], [[r for r, _ in pairs]]).score
-    assert 100 * bleu.score(counted.sum(0)) == pytest.approx(corpus, abs=1e-9)
-    assert bleu.counts([]).shape == (0, 10)
 
 
 def test_bleu_in_the_strict_report() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,9 @@ import tiny_service
 from PIL import Image
 
 import medmoe_jax
-from medmoe_jax import checkpoint, losses, responder
+from medmoe_jax import losses, responder
 from medmoe_jax.checkpoint import load_model
 from medmoe_jax.config import MODALITIES, ConfigError, MoeConfig
-from medmoe_jax.convert.report import ConversionError
 from medmoe_jax.data import merge, templates, tokens
 from medmoe_jax.data.problems import DataError
 from medmoe_jax.model import Model, Reply
@@ -27,7 +25,6 @@ from medmoe_jax.sampling import Sampling
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-SETTINGS = {"size": 12, "crop_size": 12}
 SHORT = Sampling(max_new_tokens=10)
 QUESTIONS = ["Is there a lesion?", "What is shown in this image?", "Why?", "Left or right lung?"]
 
@@ -340,52 +337,6 @@ def test_repetition_penalty_knows_the_prompt(model: Model, shown: list[Any]) -> 
         assert len(set(ids)) == len(ids)
         text = templates.prompt("phi", question, len(model.pixels(pictures)))
         assert not set(ids) & set(tokens.encode_prompt(text, model.tokenizer))
-
-
-def test_other_experts_and_none(tmp_path: Path) -> None:
-    """Experts that are no modalities are numbered; a dense model has no posterior."""
-    for moe, names in ((MoeConfig(experts=2), ["expert 0", "expert 1"]), (None, None)):
-        saved = tiny_service.save(tmp_path / str(moe), tiny_service.config("stablelm", moe))
-        reply = medmoe_jax.load(saved).generate("Why?", None, Sampling(max_new_tokens=2))
-        assert (reply.modality and list(reply.modality)) == names
-
-
-def test_pytorch_folder(tmp_path: Path) -> None:
-    """Answers are those of its conversion."""
-    pytest.importorskip("torch", reason="needs the extra medmoe_jax[torch]")
-    import torch_folders
-
-    from medmoe_jax.convert import to_jax
-
-    spec = torch_folders.Spec(vocab=tiny_service.WORDS, layers=2, moe_layers=(0,))
-    torch_folders.write_official(tmp_path / "torch", spec)
-    config = json.loads((tmp_path / "torch/config.json").read_text())
-    config["max_position_embeddings"] = 512
-    torch_folders.write_json(tmp_path / "torch/config.json", config)
-    tiny_data.save_tokenizer(tmp_path / "torch")
-    torch_folders.write_json(tmp_path / "torch/clip/preprocessor_config.json", SETTINGS)
-    to_jax(tmp_path / "torch", tmp_path / "jax")
-    picture = tiny_data.save_image(tmp_path / "a.png")
-    both = [medmoe_jax.load(tmp_path / name) for name in ("torch", "jax")]
-    for question, pictures in (("Is there a lesion?", picture), ("Why?", None)):
-        first, second = (m.generate(question, pictures, SHORT, options=["a", "b"]) for m in both)
-        assert first == second and len(first.ids) > 1
-
-
-def test_folders_that_cannot_be_loaded(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConversionError, match="does not exist"):
-        medmoe_jax.load(tmp_path / "absent")
-    with pytest.raises(DataError, match="template 'nonsense' is unknown"):
-        medmoe_jax.load(folder, template="nonsense")
-    with pytest.raises(ConfigError, match="dtype 'float7' is unknown; use one of float32"):
-        medmoe_jax.load(folder, dtype="float7")
-    params, meta = load_model(folder)
-    checkpoint.save_model(tmp_path / "text", {"llm": params["llm"]}, meta)
-    with pytest.raises(ConfigError, match="holds no vision and no projector"):
-        medmoe_jax.load(tmp_path / "text")
-    checkpoint.save_model(tmp_path / "bare", params, meta)
-    with pytest.raises(DataError, match="no tokenizer"):
-        medmoe_jax.load(tmp_path / "bare")
 
 
 def test_half_precision(folder: Path, replies: list[Reply], shown: list[Any]) -> None:
