@@ -39,12 +39,12 @@ from medmoe_jax.convert.table import Row
 from medmoe_jax.data import phantom
 from medmoe_jax.demo.checkpoints import make_tokenizer
 from medmoe_jax.models import medmoe
+from medmoe_jax.models.layers import REMAT
 from medmoe_jax.plan import estimate, programs, report, targets
 
 SIDES, PARTS = ("jax", "torch"), ("generation", "training")
 SCORES, LOSSES = 0.05, 0.02  # how far the sides may be apart in 16 bits, see `compare`
 GOALS = {"train step": 0.45, "decode, batch 1": 0.60}  # shares of the device's limit
-REMAT = ("none", "dots", "experts", "attention", "full")
 # Numbers of `Task`, where the command line does not say them.
 FULL = {"rows": 8, "length": 2048, "text": 128, "new": 128, "repeats": 10}
 QUICK = {"rows": 2, "length": 128, "text": 64, "new": 8, "repeats": 3}

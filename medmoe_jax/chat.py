@@ -24,9 +24,8 @@ from typing import Any, TextIO
 from medmoe_jax import model as loaded
 from medmoe_jax.config import natural
 from medmoe_jax.conversation import Chat
-from medmoe_jax.data import tokens
 from medmoe_jax.data.medical import flags
-from medmoe_jax.data.problems import DataError
+from medmoe_jax.data.problems import DataError, check_text
 from medmoe_jax.model import Model, Reply
 from medmoe_jax.sampling import Sampling
 
@@ -59,7 +58,7 @@ class Session:
         """Handles one line; False: the session is over. What goes wrong is said, not raised."""
         word, _, rest = text.strip().partition(" ")
         try:
-            tokens.check_text(text)
+            check_text(text)
             if word == "/quit":
                 return False
             if word == "/image":

@@ -9,7 +9,6 @@
 
 import argparse
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -30,19 +29,19 @@ def natural(text: str) -> int:
     return number
 
 
-def _check_kinds(part: str, config: Any) -> None:
-    """Raises ConfigError where a number of `config` is none, or a size is below 1."""
+def _check_numbers(part: str, config: Any) -> None:
+    """Raises ConfigError where a number of `config` is none, a whole one is below 1, or another one
+    below 0; where some have limits of their own, only the kind is checked here."""
     for one in dataclasses.fields(config):
+        if one.type not in (int, float):
+            continue
         value: Any = getattr(config, one.name)
-        low, kinds, what = 1, (int,), "whole number"
-        if one.type is float:
-            low, kinds, what = 0, (int, float), "number"
-        low = -math.inf if one.name in ("select_layer", "experts", "top_k") else low
-        fits = isinstance(value, kinds) and not isinstance(value, bool) and value >= low
-        if one.type in (int, float) and not fits:
-            raise ConfigError(
-                f"{part}: {one.name} is {value!r}; it must be a {what}, {low} or more"
-            )
+        kind, least = ("whole number", 1) if one.type is int else ("number", 0)
+        fits = isinstance(value, (int, one.type)) and not isinstance(value, bool)
+        free = one.name in ("select_layer", "experts", "top_k")
+        if not fits or not (free or value >= least):
+            wanted = kind if free else f"{kind}, {least} or more"
+            raise ConfigError(f"{part}: {one.name} is {value!r}; it must be a {wanted}")
 
 
 @dataclass(unsafe_hash=True)
@@ -75,7 +74,7 @@ class VisionConfig:
 
     def validate(self) -> None:
         """Raises ConfigError where the sizes do not fit together."""
-        _check_kinds("vision", self)
+        _check_numbers("vision", self)
         if self.image_size % self.patch_size:
             raise ConfigError(
                 f"vision: image_size {self.image_size} is not a multiple of patch_size "
@@ -119,7 +118,7 @@ class LlmConfig:
 
     def validate(self) -> None:
         """Raises ConfigError where the sizes do not fit together."""
-        _check_kinds("llm", self)
+        _check_numbers("llm", self)
         if self.family not in ("phi", "stablelm"):
             raise ConfigError(f"llm: family {self.family!r} is unknown; use 'phi' or 'stablelm'")
         if self.width % self.heads or self.heads % self.kv_heads:
@@ -185,7 +184,7 @@ class MoeConfig:
 
     def validate(self, n_layers: int) -> None:
         """Raises ConfigError where the settings do not fit together."""
-        _check_kinds("moe", self)
+        _check_numbers("moe", self)
         self.layers(n_layers)
         if self.experts < 2:
             raise ConfigError(f"moe.experts is {self.experts}; a mixture needs at least 2")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from medmoe_jax.config import ConfigError, RunConfig
+from medmoe_jax.models.layers import REMAT
 from medmoe_jax.upcycle import MODES
 
 Limit = tuple[Callable[[Any], bool], str]  # whether a value fits, and which ones do
@@ -35,7 +36,7 @@ LIMITS: dict[str, Limit] = {
     "upcycle": _one_of(*MODES),
     "router_level": _one_of("token", "sample"),
     "compute_dtype": _one_of("float32", "bfloat16", "float16"),
-    "remat": _one_of("none", "dots", "experts", "attention", "full"),
+    "remat": _one_of(*REMAT),
     "loss_chunk": _least(0),
     "seed": (lambda value: 0 <= value < 2**32, "must be in 0..2**32-1"),
     "data.max_length": _least(1),

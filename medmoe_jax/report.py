@@ -34,9 +34,10 @@ class MetricWriter:
         lines = path.read_text().splitlines() if path.exists() else []
         # The last line may be cut off where the run was killed.
         whole = [line for line in lines if line.endswith("}")]
-        kept = [line for line in whole if json.loads(line)["step"] <= first_step]
-        self.kept: list[dict[str, Any]] = [json.loads(line) for line in kept]
-        path.write_text("".join(f"{line}\n" for line in kept))
+        read = [(line, json.loads(line)) for line in whole]
+        kept = [(line, values) for line, values in read if values["step"] <= first_step]
+        self.kept: list[dict[str, Any]] = [values for _, values in kept]
+        path.write_text("".join(f"{line}\n" for line, _ in kept))
         self._file = path.open("a", buffering=1)
         self._board = None
         if tensorboard:
@@ -130,10 +131,10 @@ class Reporter:
         )
         self._pending: tuple[int, dict[str, Any], dict[str, np.ndarray], float] | None = None
         self._last = time.perf_counter()
-        known = [one["loss"] for one in self._kept() if "loss" in one]
-        self.latest: dict[str, float] = (
-            {"loss": known[-1]} if known else {}
-        )  # of the last step read
+        self.latest: dict[str, float] = {}  # loss of the last step that was read
+        for one in self._kept():
+            if "loss" in one:
+                self.latest = {"loss": one["loss"]}
 
     def add(
         self, number: int, metrics: dict[str, Any], batch: dict[str, np.ndarray], waited: float

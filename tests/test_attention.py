@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medmoe_jax.models import attention, layers
+from medmoe_jax.models import attention, fallback, layers
 from medmoe_jax.plan import hlo
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -97,7 +97,7 @@ def test_no_place_sees_another_sample() -> None:
 
 
 def test_a_kernel_that_cannot_be_used_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    attention._say.cache_clear()
+    fallback.say.cache_clear()
     q, k, v, segments = inputs(121, 2, 1, 8)
     with caplog.at_level(logging.INFO):
         for _ in range(2):

@@ -17,18 +17,19 @@ PACKAGE = "medmoe_jax"
 # Module (regex) -> what it may import from this package (regex). The first match decides; what is
 # not listed sits above and may import everything but the entry points.
 ALLOWED = {
-    r"config|hardware|losses|metrics|stored|models\.(one_row|one_expert|int4_rows)": r"",
+    r"config|hardware|losses|metrics|stored|models\.(one_row|one_expert|fallback)": r"",
+    r"models\.int4_rows": r"models\.fallback",
     r"models\.quantized": r"models\.int4_rows",
     r"sharding|distributed|compilation|optim|presets|sampling": r"config",
     r"lora(\.merged)?": r"config|stored|lora\.merged|models\.quantized",
     r"upcycle": r"config|stored",
-    r"limits": r"config|upcycle",
+    r"limits": r"config|upcycle|models\.layers",
     r"command_line": r"config",
     r"checkpoint": r"config|lora|stored|upcycle",
     r"models\.layers": r"models\.(quantized|one_row)",
-    r"models\.attention": r"models\.layers",
+    r"models\.attention": r"models\.(layers|fallback)",
     r"models\.grouped": r"models\.layers",
-    r"models\.products": r"models\.(layers|one_expert)",
+    r"models\.products": r"models\.(layers|one_expert|fallback)",
     r"models\.buckets": r"models\.(layers|grouped|products)",
     r"models\.tiles": r"models\.(layers|products|quantized)",
     r"models\.experts": r"sharding|models\.(layers|grouped|buckets|products|quantized|tiles)",

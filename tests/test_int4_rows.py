@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medmoe_jax.models import int4_rows, quantized
+from medmoe_jax.models import fallback, int4_rows, quantized
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -41,7 +41,7 @@ def test_programs_share_the_groups() -> None:
 
 def test_what_falls_back(caplog: pytest.LogCaptureFixture) -> None:
     """More rows silently, for they are another case; matrices with a word in the log."""
-    int4_rows._say.cache_clear()
+    fallback.say.cache_clear()
     shapes = [(4, 64, 256), (4, 48, 256), (4, 8, 256), (4, 64, 40)]
     matrices = [jax.ShapeDtypeStruct(shape, jnp.int8) for shape in shapes]
     with caplog.at_level(logging.INFO):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from medmoe_jax.models import products
+from medmoe_jax.models import fallback, products
 
 PHI2, STABLELM = (2560, 10240), (2048, 5632)
 
@@ -59,7 +59,7 @@ def test_separate_experts_on_a_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_odd_widths_fall_back_on_a_gpu(caplog: pytest.LogCaptureFixture) -> None:
-    products._say.cache_clear()
+    fallback.say.cache_clear()
     rows, kernels = jnp.ones((128, 8)), jnp.arange(1.0, 3.0)[:, None, None] * jnp.ones((2, 8, 12))
     with caplog.at_level(logging.INFO):
         for _ in range(2):

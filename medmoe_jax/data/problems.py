@@ -36,6 +36,16 @@ class DataError(ValueError):
         self.problems = tuple(problems)
 
 
+def check_text(text: str, what: str = "text") -> None:
+    """Raises DataError where a text holds halves of characters, which JSON can write and no
+    tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        near = text[max(0, error.start - 20) : error.end]
+        raise DataError(f"the {what} holds half a character: {near!a}") from error
+
+
 def settle(
     problems: Sequence[Problem],
     on_error: str,

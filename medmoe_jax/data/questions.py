@@ -62,7 +62,7 @@ def read_questions(file: str | Path) -> list[Question]:
 def _question(row: int, record: Any) -> Question:
     if not isinstance(record, dict):
         raise DataError("the row is no JSON object")
-    name = next((record[k] for k in ("question_id", "id") if record.get(k) is not None), row)
+    name = sources.question_id(record, row)
     turns = record.get("conversations", record.get("conversatons"))
     if isinstance(turns, list):
         asked = [turn for turn in turns if isinstance(turn, dict) and turn.get("from") == "human"]

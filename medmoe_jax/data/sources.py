@@ -202,24 +202,27 @@ def records(file: Path) -> Iterator[tuple[int, Any, str]]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"data file {file} cannot be read: {error}") from error
     halves = re.search(r"\\u[dD][89a-fA-F]", text) is not None
+    for row, record, fault in _parsed(file, text):
+        if halves and not fault:
+            fault = _text_fault(record)
+        yield row, None if fault else record, fault
+
+
+def _parsed(file: Path, text: str) -> Iterator[tuple[int, Any, str]]:
+    """As `records`, whatever text the rows hold."""
     if text.lstrip().startswith("["):
         try:
             records = json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:
             raise DataError(f"data file {file} is no JSON: {error}") from error
-        for row, record in enumerate(records):
-            fault = _text_fault(record) if halves else ""
-            yield row, None if fault else record, fault
+        yield from ((row, record, "") for row, record in enumerate(records))
         return
     for row, line in enumerate(text.split("\n")):
         if line.strip():
             try:
-                record = json.loads(line)
+                yield row, json.loads(line), ""
             except (json.JSONDecodeError, RecursionError) as error:
                 yield row, None, f"the line is no JSON: {error}"
-            else:
-                fault = _text_fault(record) if halves else ""
-                yield row, None if fault else record, fault
 
 
 def _text_fault(record: Any) -> str:
@@ -254,6 +257,12 @@ def _sample(record: Any, file: str, row: int, notes: Counter[str]) -> Sample:
         file=file,
         row=row,
     )
+
+
+def question_id(record: dict[str, Any], row: int) -> Any:
+    """How a row of questions is named, in question files and in answers to them: by what it says
+    itself, as the file has it, else by its number."""
+    return next((record[k] for k in ("question_id", "id") if record.get(k) is not None), row)
 
 
 def _first(record: Any, keys: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from medmoe_jax.data import templates
-from medmoe_jax.data.problems import DataError
+from medmoe_jax.data.problems import DataError, check_text
 from medmoe_jax.data.templates import IMAGE_TOKEN, Span
 
 if TYPE_CHECKING:
@@ -76,15 +76,6 @@ def load_tokenizer(folder: str | Path, family: str) -> PreTrainedTokenizerBase:
     if tokenizer("a").input_ids != tokenizer("a", add_special_tokens=False).input_ids:
         raise DataError(f"{folder}: the tokenizer adds words of its own around a text")
     return tokenizer
-
-
-def check_text(text: str) -> None:
-    """Raises DataError where a text holds halves of characters, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        near = text[max(0, error.start - 20) : error.end]
-        raise DataError(f"the text holds half a character: {near!a}") from error
 
 
 def encode(spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> Encoded:

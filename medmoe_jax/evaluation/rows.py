@@ -11,7 +11,7 @@ from typing import Any
 
 from medmoe_jax.config import MODALITIES
 from medmoe_jax.data.problems import DataError
-from medmoe_jax.data.sources import MODALITY_NAMES, records
+from medmoe_jax.data.sources import MODALITY_NAMES, question_id, records
 from medmoe_jax.metrics import Answer
 
 Rows = list[dict[str, Any]]
@@ -89,7 +89,7 @@ def pair(
         raise DataError(f"rows are paired by 'id' or by 'order', not by {how!r}")
     if not rows:
         raise DataError(f"{names[0]}: no rows")
-    ids = [_id(row, number) for number, row in enumerate(rows)]
+    ids = [question_id(row, number) for number, row in enumerate(rows)]
     keys = [str(key) for key in ids]
     if how == "order":
         if len(rows) != len(predictions):
@@ -115,10 +115,6 @@ def pair(
         _item(row, key, prediction, names)
         for row, key, prediction in zip(rows, ids, said, strict=True)
     ]
-
-
-def _id(row: dict[str, Any], number: int) -> Any:
-    return next((row[key] for key in ("question_id", "id") if row.get(key) is not None), number)
 
 
 def _once(keys: Sequence[str], name: str) -> None:

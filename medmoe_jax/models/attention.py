@@ -7,18 +7,19 @@ on a TPU, cuDNN's flash attention on a GPU. Both hold no scores of all pairs. Ax
 
 from __future__ import annotations
 
-import logging
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from medmoe_jax.models import fallback
 from medmoe_jax.models.layers import ATTENTION, Array
 
 SHORT = 256  # places up to which a TPU's scores are small and XLA's form is as good
 BLOCKS = (512, 256, 128)  # places of a block of splash attention; longer ones are faster
+PLAIN = "attention holds the scores of all pairs"  # what `plain` costs, for the log
 LANES = 128  # the length is a multiple of this many places, padded if need be
 
 
@@ -66,11 +67,11 @@ def attend_causal(q: Array, k: Array, v: Array, segments: Array) -> Array:
     """
     kernels = {}
     if reason := _no_splash(q):
-        _say("tpu", reason)
+        fallback.say("tpu", f"{PLAIN}: {reason}")
     elif q.shape[1] > SHORT:
         kernels["tpu"] = splash
     if reason := _no_cudnn(q, k, v, segments):
-        _say("gpu", reason)
+        fallback.say("gpu", f"{PLAIN}: {reason}")
     else:
         kernels["cuda"] = cudnn
     return jax.lax.platform_dependent(q, k, v, segments, default=plain, **kernels)
@@ -154,12 +155,3 @@ def _no_cudnn(q: Array, k: Array, v: Array, segments: Array) -> str:
     except (RuntimeError, NotImplementedError) as error:
         return str(error)
     return ""
-
-
-@cache
-def _say(platform: str, reason: str) -> None:
-    """Says why a kernel is not used: once, not for every layer and compilation, and aloud only
-    where it matters."""
-    here = logging.WARNING if jax.default_backend() == platform else logging.INFO
-    text = "On a %s, attention holds the scores of all pairs: %s"
-    logging.getLogger(__name__).log(here, text, platform.upper(), reason)

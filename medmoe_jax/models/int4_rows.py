@@ -7,12 +7,12 @@ they become floats in registers.
 
 from __future__ import annotations
 
-import logging
-from functools import cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from medmoe_jax.models import fallback
 
 Array = jax.Array
 
@@ -33,20 +33,14 @@ def fits(values: Any, rows: int) -> bool:
     if rows > FEW:
         return False
     if half < LEAST or half & (half - 1) or out % COLUMNS[-1]:
-        _say(2 * half, out)
+        fallback.say(
+            "gpu",
+            "a matrix of 4 bits is written out as floats for each product: its groups of "
+            f"{2 * half} inputs are no power of two from {2 * LEAST} on, or {COLUMNS[-1]} does not "
+            f"divide its {out} outputs",
+        )
         return False
     return True
-
-
-@cache
-def _say(group: int, out: int) -> None:
-    """Says once why it is slow."""
-    here = logging.WARNING if jax.default_backend() == "gpu" else logging.INFO
-    text = (
-        "On a GPU a matrix of 4 bits is written out as floats for each product: its groups of %d "
-        "inputs are no power of two from %d on, or %d does not divide its %d outputs"
-    )
-    logging.getLogger(__name__).log(here, text, group, 2 * LEAST, COLUMNS[-1], out)
 
 
 def parts(groups: int, blocks: int) -> int:

@@ -243,6 +243,7 @@ def rope(x: Array, positions: Array, rotary_dim: int, theta: float) -> Array:
 
 # Names of what `remat` may keep: products with experts' weights, and what attention computes.
 EXPERTS, ATTENTION = "experts", "attention"
+REMAT = ("none", "dots", "experts", "attention", "full")  # policies, see `remat`
 CUDNN = "dot_product_attention_fwd_wrapper"  # JAX's primitive, whose results bear no such name
 
 

@@ -13,7 +13,6 @@ of Pallas.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, Protocol
@@ -21,7 +20,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from medmoe_jax.models import one_expert
+from medmoe_jax.models import fallback, one_expert
 from medmoe_jax.models.layers import Array
 
 VMEM = 13 * 2**20  # bytes of a TPU core's vector memory (16 MiB are usable) for one kernel's blocks
@@ -325,18 +324,10 @@ def gpu(
     assert tile % GPU_TILE == 0
     k, n = (kernels[0] if isinstance(kernels, list) else kernels).shape[-2:]
     if not all(_gpu_blocks(size, size)[0] for size in (k, n)):
-        _say(k, n)
+        fallback.say("gpu", f"every expert is run on every token: 16 does not divide {k} or {n}")
         return plain(rows, kernels, sizes, tile=tile)
     if isinstance(kernels, list):
         form = partial(_gpu_rows, interpret=interpret, transposed=False)
         whole = partial(gpu, tile=tile, interpret=interpret)
         return _apart(form, whole, rows, kernels, sizes)
     return _gpu(rows, kernels, sizes, interpret)
-
-
-@cache
-def _say(k: int, n: int) -> None:
-    """Says once why it is slow."""
-    here = logging.WARNING if jax.default_backend() == "gpu" else logging.INFO
-    text = "On a GPU every expert is run on every token: 16 does not divide %d or %d"
-    logging.getLogger(__name__).log(here, text, k, n)

@@ -11,7 +11,7 @@ from typing import Any
 
 from medmoe_jax.config import MODALITIES
 from medmoe_jax.data.prepare.types import SPLITS, Draft, Picture
-from medmoe_jax.data.problems import DataError
+from medmoe_jax.data.problems import DataError, check_text
 from medmoe_jax.data.sources import ANSWER_TYPES, CLOSED, MODALITY_NAMES
 from medmoe_jax.data.templates import GPT, HUMAN, IMAGE_TOKEN
 
@@ -92,8 +92,7 @@ class Reading:
             clean = " ".join(clean.replace(IMAGE_TOKEN, " ").split())
         if not clean:
             raise DataError(f"the {what} is empty")
-        if any("\ud800" <= letter <= "\udfff" for letter in clean):
-            raise DataError(f"the {what} holds half a character: {clean!a}")
+        check_text(clean, what)
         return clean
 
     def answer_type(self, value: Any, answer: str) -> str:
