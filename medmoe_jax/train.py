@@ -122,6 +122,16 @@ def starting_point(cfg: RunConfig) -> tuple[dict[str, Any], checkpoint.ModelMeta
     )
 
 
+def unread(asked: ModelConfig, found: ModelConfig) -> list[str]:
+    """What `config.model` says otherwise than the model that a run starts from, whose shapes are
+    used: a line such as `llm.layers 32 (there 24)` each. The mixture is no part of it."""
+    wanted, used = (
+        flatten_dict(dataclasses.asdict(dataclasses.replace(m, moe=None)), sep=".")
+        for m in (asked, found)
+    )
+    return [f"{k} {v} (there {used[k]})" for k, v in wanted.items() if v != used[k]]
+
+
 def own_router(cfg: RunConfig, flat: dict[str, Any]) -> dict[str, Any]:
     """The router of a stage 3 that did not take it from `init`, by path; else nothing."""
     inner = "llm/moe/"
@@ -233,6 +243,8 @@ def train(cfg: RunConfig, workdir: Path) -> None:
     layout.check_batch_size(cfg, mesh)
     params, meta = starting_point(cfg)
     model = meta.model.validate()
+    if other := unread(cfg.model, model):
+        say(f"config.model is not what {cfg.init} holds, which is used: {', '.join(other)}")
     layout.check_experts(model, mesh)
     flat = flatten_dict(params, sep="/")
     flat |= lora.fresh(cfg, flat)

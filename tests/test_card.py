@@ -205,3 +205,11 @@ def test_adapters_say_what_they_belong_to() -> None:
     meta = checkpoint.ModelMeta("stage3", tiny_runs.model_config(), delta=delta)
     found = text.card(meta, {}, name="mine")
     assert "adapters alone (LoRA, rank 8): they belong to the model `router/model`" in found
+
+
+def test_the_card_names_the_form_of_the_mixture() -> None:
+    mixture = MoeConfig(placement="sparse", use_residual=True)
+    meta = checkpoint.ModelMeta("stage3", tiny_runs.model_config(moe=mixture))
+    assert "in layers 0, mixed with the meta expert by learnt weights" in text.card(
+        meta, {}, name="a"
+    )

@@ -191,7 +191,9 @@ def test_killed_run_gives_the_same_losses(tmp_path: Path, questions: Path):
         np.testing.assert_array_equal(second[path], value)
 
 
-def test_faults_of_the_user_are_named(tmp_path: Path, questions: Path):
+def test_faults_of_the_user_are_named(
+    tmp_path: Path, questions: Path, capsys: pytest.CaptureFixture
+):
     start = tiny_runs.save_start(tmp_path / "start")
     stage3 = tiny_runs.run_config(phase("stage3"), start, questions, steps=1)
     with pytest.raises(ConfigError, match="holds no router"):
@@ -207,6 +209,10 @@ def test_faults_of_the_user_are_named(tmp_path: Path, questions: Path):
     with pytest.raises(ConfigError, match="matches no parameter"):
         train.train(dataclasses.replace(stage2, train=("llm/typo/.*",)), tmp_path / "e")
     train.train(stage2, tmp_path / "e")
+    # The shapes of the folder count, whatever the config says of them.
+    asked, found = stage2.model.llm.width, tiny_runs.model_config().llm.width
+    assert asked != found
+    assert f"llm.width {asked} (there {found})" in capsys.readouterr().out
     other = dataclasses.replace(stage2, seed=1)
     (tmp_path / "e" / "model" / "config.json").unlink()
     with pytest.raises(ConfigError, match="another config"):

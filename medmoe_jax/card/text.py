@@ -128,10 +128,11 @@ def _what(meta: ModelMeta) -> str:
     ]
     if moe:
         meta_expert = "with" if moe.meta else "without"
+        mixed = ", mixed with the meta expert by learnt weights" if moe.use_residual else ""
         placed = ", ".join(map(str, meta.model.moe_layers))
         lines.append(
             f"- experts: top-{moe.top_k} of {moe.experts}, {meta_expert} meta expert, in layers "
-            f"{placed}; the router has {moe.router_layers} layer(s)"
+            f"{placed}{mixed}; the router has {moe.router_layers} layer(s)"
         )
     if meta.delta:
         lines.append(
