@@ -11,7 +11,7 @@ other axes; what the host reads is on every device, so that every process can.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -67,16 +67,16 @@ def for_generation(p: Params, cfg: ModelConfig, ways: int = 1) -> Params:
     return {**p, "llm": decoder.unstack(p["llm"], cfg, ways)}
 
 
-def laid_out(state: State) -> State:
-    """In a compiled function: the state as it lies on a mesh."""
-    every = sharding.constrain
+def laid_out(state: State, place: Callable[..., Any] = sharding.constrain) -> State:
+    """The state as it lies on a mesh: `place` puts an array where its axes are split over the given
+    ones of the mesh. The default is for compiled functions."""
     return State(
-        jax.tree.map(lambda a: every(a, "data", sharding.BOTH), state.cache),
-        every(state.seen),
-        every(state.count),
-        every(state.end),
-        every(state.logits, "data", sharding.BOTH),
-        None if state.used is None else every(state.used),
+        jax.tree.map(lambda a: place(a, "data", sharding.BOTH), state.cache),
+        place(state.seen),
+        place(state.count),
+        place(state.end),
+        place(state.logits, "data", sharding.BOTH),
+        None if state.used is None else place(state.used),
     )
 
 

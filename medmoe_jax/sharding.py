@@ -121,6 +121,12 @@ def constrain(x: jax.Array, *axes: Any) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _fitted(P(*axes), x.shape, mesh))
 
 
+def outline(a: Any, *axes: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """The shape of an array that lies where `constrain` puts it."""
+    place = NamedSharding(mesh, _fitted(P(*axes), a.shape, mesh))
+    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place)
+
+
 def _fitted(rule: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     return P(*(_fit(entry, size, mesh) for entry, size in zip(rule, shape, strict=False)))
 

@@ -63,9 +63,7 @@ def main() -> None:
                 "data": plan(dataclasses.replace(EXPERTS, mesh=MeshConfig(8, 1, 1)), target),
                 "spread": plan(spread, target),
                 "exchange": exchange(target),
-                "candidates": [
-                    vars(run.mesh) for run in search.candidates(EXPERTS, target, LENGTH, 1)
-                ],
+                "candidates": [vars(run.mesh) for run in search.candidates(EXPERTS, target)],
             }
         )
     )

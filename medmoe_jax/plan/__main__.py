@@ -42,39 +42,82 @@ def size_of(argument: str) -> str:
     return argument.partition(":")[2] or "phi2"
 
 
-def plans(cfg: RunConfig, target: targets.Target) -> list[estimate.Plan]:
-    """What the flags ask for."""
-    length = FLAGS.length or cfg.data.max_length
-    given: Any = FLAGS["config"]
-    images, name = FLAGS.images, size_of(given.config_filename)
+def plans(cfg: RunConfig, size: str, target: targets.Target) -> list[estimate.Plan]:
+    """What the flags ask for, without a search."""
+    length, images = FLAGS.length or cfg.data.max_length, FLAGS.images
+    if FLAGS.decode:
+        mesh = cfg.mesh if FLAGS.mesh else None
+        found = programs.generation(cfg, target, length, images, FLAGS.new, mesh)
+    else:
+        found = [programs.train_step(cfg, target, length, images)]
+    return [estimate.plan(program, cfg, target, size, length) for program in found]
 
-    def step(run: RunConfig) -> estimate.Plan:
-        program = programs.train_step(run, target, length, images)
-        return estimate.plan(program, run, target, name, length)
 
-    def told(run: RunConfig) -> estimate.Plan:
-        plan = step(run)
-        peak = plan.memory.get("peak", 0.0) / report.GIB
+def searched(cfg: RunConfig, size: str, target: targets.Target) -> estimate.Plan:
+    """The best of many. Each is told and written to --json as soon as it is known; Ctrl-C ends the
+    search with the best so far.
+
+    Raises:
+      ConfigError: nothing fits.
+    """
+    length, images = FLAGS.length or cfg.data.max_length, FLAGS.images
+    found: list[search.Found] = []
+
+    def measure(trial: search.Trial) -> estimate.Plan:
+        run, number = trial.run, len(found) + 1
+        axes = "x".join(str(n) for n in vars(run.mesh).values())
         print(
-            f"mesh {'x'.join(map(str, plan.mesh.values()))}, {plan.batch} rows, remat "
-            f"{plan.remat}: {report.verdict(plan.fits)}, {peak:.2f} GiB, bound "
-            f"{(plan.bound or 0) * 1e3:,.1f} ms",
+            f"{number} of at most {number + trial.left}: mesh {axes}, {run.optim.batch_size} rows, "
+            f"remat {run.remat}: ",
+            end="",
             flush=True,
         )
+        if trial.obstacle:
+            program = programs.left_out(run, target, length, images, trial.obstacle)
+        else:
+            program = programs.train_step(run, target, length, images)
+        plan = estimate.plan(program, run, target, size, length)
+        print(report.line(plan), flush=True)
         return plan
 
-    if FLAGS.decode:
-        found = programs.generation(cfg, target, length, images, FLAGS.new)
-        return [estimate.plan(program, cfg, target, name, length) for program in found]
-    if not FLAGS.search:
-        return [step(cfg)]
-    run, plan = search.search(cfg, target, length, images, told)
-    mesh = " ".join(f"--config.mesh.{k}={v}" for k, v in vars(run.mesh).items())
-    print(
-        f"\nbest of those: {mesh} --config.optim.batch_size={run.optim.batch_size} "
-        f"--config.remat={run.remat}\n"
-    )
-    return [plan]
+    stopped = False
+    try:
+        for pair in search.search(cfg, target, length, images, measure):
+            found.append(pair)
+            write([plan for _, plan in found], target, search.best(found))
+    except KeyboardInterrupt:
+        stopped = True
+    chosen = search.best(found)
+    if chosen is None and stopped:
+        raise ConfigError("the search was interrupted before it had found anything that fits")
+    if chosen is None:
+        raise ConfigError(
+            f"nothing fits on {target.name}, not even one row of {length} tokens a device; use "
+            "more devices, shorter rows (--length) or a chip with more memory"
+        )
+    run, plan = chosen
+    flags_of = {f"mesh.{axis}": n for axis, n in vars(run.mesh).items()}
+    flags_of |= {"optim.batch_size": run.optim.batch_size, "remat": run.remat}
+    words = " ".join(f"--config.{name}={value}" for name, value in flags_of.items())
+    print(f"\nbest {'so far' if stopped else 'of those'}: {words}\n")
+    return plan
+
+
+def write(
+    found: list[estimate.Plan], target: targets.Target, best: search.Found | None = None
+) -> None:
+    """Writes plans to the file of --json, if there is one; of a search also which is the best."""
+    if not FLAGS.json:
+        return
+    command = shlex.join(["python", "-m", "medmoe_jax.plan", *sys.argv[1:]])
+    rows = [estimate.to_json(plan, versions(target), command) for plan in found]
+    if FLAGS.search:
+        chosen = None if best is None else best[1]
+        rows = [row | {"best": plan is chosen} for row, plan in zip(rows, found, strict=True)]
+    file = Path(FLAGS.json)
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(json.dumps(rows, indent=1) + "\n")
+    part.replace(file)  # whoever reads it meanwhile, or stops us, never sees half a file
 
 
 def table(folder: Path) -> str:
@@ -100,18 +143,28 @@ def main(_: list[str]) -> None:
             return
         if FLAGS.config is None or not FLAGS.target:
             raise ConfigError("give --config and --target, or --table FOLDER")
+        if FLAGS.search and (FLAGS.decode or FLAGS.mesh):
+            raise ConfigError(
+                "--search tries meshes for the training step; leave out --mesh and --decode"
+            )
         limits.check(FLAGS.config)
         targets.prepare(FLAGS.target)
         target = targets.load(FLAGS.target)
         cfg: RunConfig = FLAGS.config
         if FLAGS.mesh:
             cfg = dataclasses.replace(cfg, mesh=programs.mesh_config(FLAGS.mesh))
-        found = plans(cfg, target)
+        given: Any = FLAGS["config"]
+        size = size_of(given.config_filename)
+        if FLAGS.search:
+            print(report.text(searched(cfg, size, target)))
+            return
+        found = plans(cfg, size, target)
         print("\n\n".join(report.text(plan) for plan in found))
-        if FLAGS.json:
-            command = shlex.join(["python", "-m", "medmoe_jax.plan", *sys.argv[1:]])
-            rows = [estimate.to_json(plan, versions(target), command) for plan in found]
-            Path(FLAGS.json).write_text(json.dumps(rows, indent=1) + "\n")
+        write(found, target)
+        if any(plan.obstacle and plan.fits is None for plan in found):
+            raise ConfigError(
+                "the compiler fails, see above; another mesh, batch size or --config.remat may do"
+            )
     except ConfigError as error:
         sys.exit(f"error: {error}")
 
@@ -124,7 +177,11 @@ if __name__ == "__main__":
     flags.DEFINE_string("mesh", None, "data,fsdp,expert in place of config.mesh, as in 1,2,4")
     flags.DEFINE_integer("length", 0, "Tokens of a row; 0 = config.data.max_length", lower_bound=0)
     flags.DEFINE_integer("images", 1, "Images of a row", lower_bound=0)
-    flags.DEFINE_boolean("decode", False, "Prefill and decoding instead of the training step")
+    flags.DEFINE_boolean(
+        "decode",
+        False,
+        "Prefill and decoding instead of the training step, on one device or on --mesh",
+    )
     flags.DEFINE_integer("new", 64, "With --decode: places of the cache for new tokens")
     flags.DEFINE_boolean("search", False, "Try meshes, batch sizes and rematerialisation")
     flags.DEFINE_string("json", None, "File to write the plan to")

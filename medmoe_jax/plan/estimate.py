@@ -26,7 +26,7 @@ class Plan:
     length: int  # tokens of a row
     remat: str
     dtype: str
-    fits: bool | None  # None: the size of the memory is not known
+    fits: bool | None  # None: not known, as the size of the memory is not, or there is no program
     limit: float | None  # bytes that a program may use
     obstacle: str
     memory: dict[str, float]
@@ -68,7 +68,7 @@ def plan(program: Program, cfg: RunConfig, target: Target, model: str, length: i
         length=length,
         remat=cfg.remat,
         dtype=cfg.compute_dtype,
-        fits=False,
+        fits=False if program.too_large else None,
         limit=limit,
         obstacle=program.obstacle,
         memory=dict(program.arguments),
@@ -83,9 +83,13 @@ def plan(program: Program, cfg: RunConfig, target: Target, model: str, length: i
     if program.obstacle:
         return result
     # Devices along `expert` have room for all tokens of each other. Chosen equally often, each of
-    # their experts gets its share; in decoding most are not chosen at all.
-    chosen = flops.chosen(layout.model_of(cfg).moe, result.tokens)
-    work = hlo.work(program.text, filled=1.0 / program.mesh.get("expert", 1), chosen=chosen)
+    # their experts gets its share. In decoding most are not chosen at all, and all others wait for
+    # the device that owns the one that is.
+    moe, owners = layout.model_of(cfg).moe, program.mesh.get("expert", 1)
+    if moe is None or moe.experts % owners:
+        owners = 1
+    chosen = min(1.0, owners * flops.chosen(moe, result.tokens))
+    work = hlo.work(program.text, filled=1.0 / owners, chosen=chosen)
     result.memory |= _memory(program)
     result.fits = None if limit is None else result.memory["peak"] <= limit
     result.compiled_flops, result.traffic = work.flops, work.traffic

@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 
-from medmoe_jax import flops, generate, layout, optim, sharding, step
-from medmoe_jax.config import ConfigError, LoraConfig, MeshConfig, RunConfig
+from medmoe_jax import flops, generate, layout, optim, placement, sharding, step
+from medmoe_jax.config import ConfigError, LoraConfig, MeshConfig, ModelConfig, RunConfig
 from medmoe_jax.plan.targets import Target
 
 STEPS = 1000  # of the schedule; the program is the same for any number
@@ -29,7 +30,8 @@ class Program(NamedTuple):
     model_flops: float  # of all devices
     text: str  # optimised HLO; "" where it does not fit
     memory: dict[str, float]  # bytes of a device, as the compiler says
-    obstacle: str  # why it could not be compiled: out of memory
+    obstacle: str  # why there is no program
+    too_large: bool  # whether that is for want of memory
     seconds: float  # to compile
 
 
@@ -107,58 +109,85 @@ def train_step(cfg: RunConfig, target: Target, length: int, images: int) -> Prog
     rows = cfg.optim.batch_size
     work = flops.costs(cfg, model, given.label).total([length] * rows, rows * images)
     with jax.set_mesh(mesh):
-        return _compiled("train", traced, target, dict(mesh.shape), given.groups, work)
+        return compiled("train", traced, target, dict(mesh.shape), given.groups, work)
 
 
-def generation(cfg: RunConfig, target: Target, length: int, images: int, new: int) -> list[Program]:
-    """Prefill of prompts and decoding of one token a row, on one device of the target.
+def left_out(cfg: RunConfig, target: Target, length: int, images: int, obstacle: str) -> Program:
+    """In place of `train_step`, for a run that needs no compiler to see that it does not fit."""
+    mesh = sharding.make_mesh(cfg.mesh, target.devices)
+    groups = abstract(cfg, mesh, length, images).groups
+    return Program("train", dict(mesh.shape), groups, 0.0, "", {}, obstacle, True, 0.0)
+
+
+def generation(
+    cfg: RunConfig,
+    target: Target,
+    length: int,
+    images: int,
+    new: int,
+    mesh_cfg: MeshConfig | None = None,
+) -> list[Program]:
+    """Prefill of prompts and decoding of one token a row.
 
     Args:
       cfg: model and dtype; batch_size is the number of rows.
-      target: its first device is used.
+      target: the devices.
       length: tokens of a prompt.
       images: images of a row.
       new: tokens that the cache has room for beside the prompt.
+      mesh_cfg: as of `medmoe_jax.load`; None = the first device alone.
     """
     cfg = dataclasses.replace(cfg, lora=LoraConfig())  # adapters are in the weights by then
     model, dtype, rows = layout.model_of(cfg), jnp.dtype(cfg.compute_dtype), cfg.optim.batch_size
-    place = SingleDeviceSharding(target.devices[0])
+    devices = target.devices if mesh_cfg else target.devices[:1]
+    mesh = sharding.make_mesh(mesh_cfg or MeshConfig(1, 1, 1), devices)
+    there = partial(sharding.outline, mesh=mesh)
+    params = _for_generation(cfg, model, mesh)
+    size = generate.bucket(length + new)
+    state = jax.eval_shape(lambda: generate.empty(model, rows, size, dtype))
+    state = generate.laid_out(state, there)
+    batch = layout.abstract_batch(cfg, mesh, length, max(images, 1))
+    batch = {k: there(v) for k, v in batch.items() if k not in ("labels", "modality")}
+    unit = flops.costs(cfg, model, {})
+    # The scores of the last token of a row alone are computed.
+    head = 2.0 * model.llm.width * model.llm.vocab
+    read = unit.total([length] * rows, rows * images) - head * rows * (length - 1)
+    each = rows * (unit.token + unit.pair * length)
+    sizes = dict(mesh.shape) if mesh.size > 1 else {}
 
-    def there(tree: Any) -> Any:
-        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), tree)
+    def follow(p: Any, state: Any, token: Any) -> Any:
+        valid = jnp.ones(rows, bool)
+        return generate.laid_out(generate.follow(p, model, state, token, valid, dtype))
 
+    with jax.set_mesh(mesh):
+        groups = {"frozen": held(params), "cache": held(state), "batch": held(batch)}
+        traced = generate.extend.trace(params, model, state, batch, dtype, fresh=True)
+        prefill = compiled("prefill", traced, target, sizes, groups, read)
+        token = there(jax.ShapeDtypeStruct((rows,), jnp.int32))
+        traced = jax.jit(follow, donate_argnums=1).trace(params, state, token)
+        groups = {"frozen": held(params), "cache": held(state)}
+        return [prefill, compiled("decode", traced, target, sizes, groups, each)]
+
+
+def _for_generation(cfg: RunConfig, model: ModelConfig, mesh: Mesh) -> Any:
+    """The parameters that answering takes, as shapes where `medmoe_jax.load` puts them."""
     kinds = layout.dtypes(cfg, dict.fromkeys(layout.shapes(cfg), optim.FROZEN))
     flat = {
         path: layout.kept_as(leaf.shape, kinds[path])
         for path, leaf in layout.shapes(cfg).items()
         if not path.startswith("router/")
     }
+    ways = sharding.generation_ways(mesh, model)
     tree = unflatten_dict(flat, sep="/")
-    params = there(jax.eval_shape(lambda p: generate.for_generation(p, model), tree))
-    size = generate.bucket(length + new)
-    state = there(jax.eval_shape(lambda: generate.empty(model, rows, size, dtype)))
-    whole = sharding.make_mesh(MeshConfig(1, 1, 1), target.devices[:1])
-    batch = there(layout.abstract_batch(cfg, whole, length, max(images, 1)))
-    batch = {k: v for k, v in batch.items() if k not in ("labels", "modality")}
-    unit = flops.costs(cfg, model, {})
-    groups = {"frozen": held(params), "cache": held(state), "batch": held(batch)}
-    # The scores of the last token of a row alone are computed.
-    head = 2.0 * model.llm.width * model.llm.vocab
-    read = unit.total([length] * rows, rows * images) - head * rows * (length - 1)
-    traced = generate.extend.trace(params, model, state, batch, dtype, fresh=True)
-    found = [_compiled("prefill", traced, target, {}, groups, read)]
-
-    def follow(p: Any, state: Any, token: Any) -> Any:
-        return generate.follow(p, model, state, token, jnp.ones(rows, bool), dtype)
-
-    token = there(jax.ShapeDtypeStruct((rows,), jnp.int32))
-    traced = jax.jit(follow, donate_argnums=1).trace(params, state, token)
-    each = rows * (unit.token + unit.pair * length)
-    groups = {"frozen": held(params), "cache": held(state)}
-    return [*found, _compiled("decode", traced, target, {}, groups, each)]
+    params = jax.eval_shape(lambda p: generate.for_generation(p, model, ways), tree)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        params,
+        placement.places(params, model, mesh),
+    )
 
 
-def _compiled(
+def compiled(
     name: str,
     traced: Any,
     target: Target,
@@ -166,13 +195,22 @@ def _compiled(
     groups: dict[str, float],
     work: float,
 ) -> Program:
+    """Compiles a traced function.
+
+    Args:
+      name: of the program.
+      traced: with shapes that have places.
+      target: the devices.
+      mesh: their axes.
+      groups: bytes of a device, by what they are for.
+      work: model FLOPs of all devices.
+    """
     begun = time.perf_counter()
-    text, memory, obstacle = "", {}, ""
+    text, memory, obstacle, too_large = "", {}, "", False
     try:
         program = traced.lower(lowering_platforms=(target.platform,)).compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+        too_large = "RESOURCE_EXHAUSTED" in str(error)
         obstacle = str(error).splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
     else:
         text, stats = program.as_text(), program.memory_analysis()
@@ -184,7 +222,7 @@ def _compiled(
             "code": stats.generated_code_size_in_bytes,
         }
     seconds = time.perf_counter() - begun
-    return Program(name, mesh, groups, work, text, memory, obstacle, seconds)
+    return Program(name, mesh, groups, work, text, memory, obstacle, too_large, seconds)
 
 
 def with_batch(cfg: RunConfig, rows: int) -> RunConfig:

@@ -78,6 +78,18 @@ def text(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def line(plan: Plan) -> str:
+    """What came of one of many plans, in one line."""
+    if plan.obstacle:
+        what = verdict(False) if plan.fits is False else "does not compile"
+        return f"{what}: {plan.obstacle}"
+    parts = [f"{verdict(plan.fits)}, {plan.memory['peak'] / GIB:.2f} GiB"]
+    if plan.bound:
+        parts.append(f"at most {plan.tokens / plan.bound:,.0f} tokens/s")
+        parts.append(f"{plan.tokens / sum(plan.seconds.values()):,.0f} if nothing overlaps")
+    return f"{', '.join(parts)} ({plan.compile_seconds:.0f} s)"
+
+
 COLUMNS = (
     "model", "phase", "target", "mesh", "rows a device", "tokens", "remat", "GiB a device", "fits",
     "TFLOP", "sent GB", "least ms", "MFU at most",
