@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from medmoe_jax import quantize, sharding
@@ -81,7 +81,7 @@ def placed(
     return jax.tree_util.tree_map_with_path(one, params, shapes, read, where)
 
 
-def places(params: Params, cfg: ModelConfig, mesh: Mesh) -> Params:
+def places(params: Params, cfg: ModelConfig, mesh: Mesh | AbstractMesh) -> Params:
     """Where parameters of `generate.for_generation` lie, quantized or not (arrays or their shapes):
     a NamedSharding for each leaf. Step sizes lie with the numbers that they belong to.
 

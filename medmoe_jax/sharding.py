@@ -121,7 +121,7 @@ def constrain(x: jax.Array, *axes: Any) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _fitted(P(*axes), x.shape, mesh))
 
 
-def outline(a: Any, *axes: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:
+def outline(a: Any, *axes: Any, mesh: Mesh | AbstractMesh) -> jax.ShapeDtypeStruct:
     """The shape of an array that lies where `constrain` puts it."""
     place = NamedSharding(mesh, _fitted(P(*axes), a.shape, mesh))
     return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place)

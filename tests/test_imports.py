@@ -46,8 +46,8 @@ ALLOWED = {
     r"info": r"config|command_line|lora|models\..*",
     r"router|step": r"config|losses|lora|optim|sharding|models\..*",
     r"flops": r"config|optim",
-    r"plan(\..*)?": r"config|command_line|hardware|flops|layout|limits|optim|sharding|step"
-    r"|generate|models\..*|plan\..*",
+    r"plan(\..*)?": r"config|command_line|hardware|flops|layout|limits|optim|placement|sharding"
+    r"|step|generate|models\..*|plan\..*",
     r"layout": r"config|lora|optim|quantize|sharding|step|models\..*",
     r"generate|beam": r"config|losses|sampling|sharding|generate|models\..*",
     r"responder|conversation": r"config|sampling|sharding|generate|beam|responder|data\..*",

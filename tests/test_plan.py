@@ -15,11 +15,13 @@ from typing import Any
 
 import compilers
 import jax
+import jax.numpy as jnp
 import plan_table
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 from plan_table import EXPERTS, LENGTH
 
-from medmoe_jax import hardware, layout, optim
+from medmoe_jax import generate, hardware, layout, optim, sharding
 from medmoe_jax.config import ConfigError, MeshConfig
 from medmoe_jax.plan import __main__ as command
 from medmoe_jax.plan import estimate, programs, report, search, targets
@@ -260,6 +262,22 @@ def test_the_least_memory_of_a_step() -> None:
     cfg = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, accumulate=2))
     more = search.least_memory(cfg, targets.load("cpu:1"), LENGTH, 1) - found
     assert more == 2 * trained
+
+
+def test_generation_on_a_mesh() -> None:
+    """Each expert lies on one of four pairs of devices, which share its hidden layer; the cache is
+    split between as many devices as divide the heads."""
+    mesh = AbstractMesh((1, 2, 4), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
+    cfg = dataclasses.replace(EXPERTS, frozen_dtype="bfloat16")
+    model = layout.model_of(cfg)
+    block = programs.generation_weights(cfg, model, mesh)["llm"]["blocks"][0]
+    (experts,) = block["moe"]["experts"]  # the only tree: a device owns one of four
+    d, f = model.llm.width, model.llm.ffn
+    assert programs.held(experts) == 2 * (2 * d * f / 2 + f / 2 + d)
+    state = jax.eval_shape(lambda: generate.empty(model, 8, 32, jnp.bfloat16))
+    cache = generate.laid_out(state, functools.partial(sharding.outline, mesh=mesh)).cache
+    llm = model.llm  # two heads of keys and values
+    assert programs.held(cache) == 2 * (2 * llm.layers * 8 * 32 * llm.kv_heads * llm.head_dim) / 2
 
 
 def test_the_bound() -> None:

@@ -67,8 +67,8 @@ def searched(cfg: RunConfig, size: str, target: targets.Target) -> estimate.Plan
         run, number = trial.run, len(found) + 1
         axes = "x".join(str(n) for n in vars(run.mesh).values())
         print(
-            f"{number} of at most {number + trial.left}: mesh {axes}, {run.optim.batch_size} rows, "
-            f"remat {run.remat}: ",
+            f"{number} of at most {number + trial.left}: mesh {axes}, {run.optim.batch_size} "
+            f"row(s), remat {run.remat}: ",
             end="",
             flush=True,
         )

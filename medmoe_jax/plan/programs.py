@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from medmoe_jax import flops, generate, layout, optim, placement, sharding, step
 from medmoe_jax.config import ConfigError, LoraConfig, MeshConfig, ModelConfig, RunConfig
@@ -142,7 +142,7 @@ def generation(
     devices = target.devices if mesh_cfg else target.devices[:1]
     mesh = sharding.make_mesh(mesh_cfg or MeshConfig(1, 1, 1), devices)
     there = partial(sharding.outline, mesh=mesh)
-    params = _for_generation(cfg, model, mesh)
+    params = generation_weights(cfg, model, mesh)
     size = generate.bucket(length + new)
     state = jax.eval_shape(lambda: generate.empty(model, rows, size, dtype))
     state = generate.laid_out(state, there)
@@ -169,7 +169,7 @@ def generation(
         return [prefill, compiled("decode", traced, target, sizes, groups, each)]
 
 
-def _for_generation(cfg: RunConfig, model: ModelConfig, mesh: Mesh) -> Any:
+def generation_weights(cfg: RunConfig, model: ModelConfig, mesh: Mesh | AbstractMesh) -> Any:
     """The parameters that answering takes, as shapes where `medmoe_jax.load` puts them."""
     kinds = layout.dtypes(cfg, dict.fromkeys(layout.shapes(cfg), optim.FROZEN))
     flat = {

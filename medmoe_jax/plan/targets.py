@@ -63,6 +63,7 @@ def prepare(name: str) -> None:
     # The programs are compiled only; no device of this machine is taken.
     jax.config.update("jax_platforms", "cpu")
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")  # or libtpu reports an error
     # So libtpu leaves the lock alone that is for those who use a TPU: several plans can be made at
     # a time, and beside a process that does use one.
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
