@@ -21,7 +21,14 @@ from medmoe_jax.experiments import compare as comparing
 from medmoe_jax.experiments.catalogue import COMPARISONS, EXPERIMENTS
 from medmoe_jax.experiments.cells import DONE, Cell, Store, every
 from medmoe_jax.experiments.compare import Comparison, Pair, Row
-from medmoe_jax.experiments.config import AnswersConfig, FilesConfig, Phases, StudyConfig, check
+from medmoe_jax.experiments.config import (
+    AnswersConfig,
+    FilesConfig,
+    PhantomConfig,
+    Phases,
+    StudyConfig,
+    check,
+)
 from medmoe_jax.experiments.result import Claim, Result, Table, claim, markdown
 from medmoe_jax.experiments.statistics import Difference
 from medmoe_jax.experiments.study import Study
@@ -236,6 +243,22 @@ def test_settings_of_a_study_are_checked(wrong: dict[str, Any]):
     check(StudyConfig(bootstrap=0))
     with pytest.raises(ConfigError, match=r"config.lora_ranks is .* must be 1 or more"):
         check(StudyConfig(**wrong))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"train": 7}, "train=7, test=160, size=112 is too small: use at least 8 images"),
+        ({"size": 55}, "size=55 is too small.* 56 pixels"),
+        ({"vision_studies": 0}, "needs studies and steps"),
+        ({"language_steps": 0}, "needs studies and steps"),
+        ({"test_questions": 0.0}, "questions of an image must be more than 0"),
+    ],
+)
+def test_phantom_data_of_a_study_are_checked(wrong: dict[str, Any], said: str):
+    check(StudyConfig(phantom=PhantomConfig(train=8, test=8, size=56)))
+    with pytest.raises(ConfigError, match=f"config.phantom: .*{said}"):
+        check(StudyConfig(phantom=PhantomConfig(**wrong)))
 
 
 def test_a_failed_cell_fails_what_needs_it_alone(tmp_path: Path):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from medmoe_jax.config import ConfigError, RunConfig
+from medmoe_jax.data import phantom
 
 LLMS = {"phi": "Phi-2", "stablelm": "StableLM-2"}
 
@@ -92,6 +93,15 @@ def check(cfg: StudyConfig) -> None:
             f"{cfg.bootstrap} and answers {answers}; ranks, labels, batch_size and max_new_tokens "
             "must be 1 or more (at least one each), rows and bootstrap 0 or more"
         )
+    made = cfg.phantom
+    try:
+        phantom.check(made.train, made.test, made.size)
+    except ValueError as error:
+        raise ConfigError(f"config.phantom: {error}") from error
+    if made.vision_studies < 1 or min(made.vision_steps, made.language_steps) < 1:
+        raise ConfigError(f"config.phantom: pretraining needs studies and steps, 1 or more: {made}")
+    if min(made.train_questions, made.test_questions) <= 0:
+        raise ConfigError(f"config.phantom: questions of an image must be more than 0: {made}")
 
 
 def override(config: Any, changes: dict[str, Any]) -> Any:

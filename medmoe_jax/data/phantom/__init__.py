@@ -10,7 +10,7 @@ no medicine. Start reading at `facts.py`.
 from medmoe_jax.data.phantom.facts import QUADRANTS, Facts, Lesion, lesion_map
 from medmoe_jax.data.phantom.questions import Question, caption, questions
 from medmoe_jax.data.phantom.render import draw_facts, draw_image, generate
-from medmoe_jax.data.phantom.write import readings, texts, write
+from medmoe_jax.data.phantom.write import check, readings, texts, write
 
 __all__ = [
     "QUADRANTS",
@@ -18,6 +18,7 @@ __all__ = [
     "Lesion",
     "Question",
     "caption",
+    "check",
     "draw_facts",
     "draw_image",
     "generate",

@@ -23,6 +23,7 @@ from medmoe_jax.data.phantom.signs import random_signs
 
 CHUNK = 40  # images a task of the process pool
 FEWEST = 8  # images of a part: two of every modality
+SMALLEST = 56  # pixels of an image's longer side
 UNSEEN = "pretrain"  # studies that are in no file
 
 README = """# Phantom studies
@@ -80,6 +81,15 @@ def _draw_files(task: tuple[str, int, str, int, int, int]) -> int:
     return stop - start
 
 
+def check(train: int, test: int, size: int) -> None:
+    """Raises ValueError where `write` would have too few images, or too small ones."""
+    if min(train, test) < FEWEST or size < SMALLEST:
+        raise ValueError(
+            f"train={train}, test={test}, size={size} is too small: "
+            f"use at least {FEWEST} images a part and {SMALLEST} pixels"
+        )
+
+
 def write(
     out: str | Path,
     seed: int = 0,
@@ -111,11 +121,7 @@ def write(
     Raises:
       ValueError: too few images, or too small.
     """
-    if min(train, test) < FEWEST or size < 56:
-        raise ValueError(
-            f"train={train}, test={test}, size={size} is too small: "
-            f"use at least {FEWEST} images a part and 56 pixels"
-        )
+    check(train, test, size)
     out = Path(out)
     (out / "images").mkdir(parents=True, exist_ok=True)
     folder = str(out / "images")
