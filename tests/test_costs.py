@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import re
 import subprocess
 import sys
@@ -67,8 +66,7 @@ def ahead(target: str) -> list[dict[str, Any]]:
     """What layer_costs.py prints for a chip; skips where its compiler is not installed."""
     compilers.need(target)
     command = [sys.executable, layer_costs.__file__, target]
-    # libtpu ends where it meets a flag for CPUs (conftest.py).
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    env = compilers.environment()
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -396,9 +396,30 @@ def test_full_sizes(phase: str, size: str, target: str, tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     command = [sys.executable, "-m", "medmoe_jax.plan", f"--config=configs/{phase}.py:{size}"]
     command += [f"--target={target}", "--mesh=1,-1,1", f"--json={file}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    env = compilers.environment()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=env)
     assert done.returncode == 0, done.stderr
     (plan,) = json.loads(file.read_text())
     assert plan["fits"] and not plan["endless"]
     assert 0 < plan["mfu"] <= 1
     assert plan["compiled_flops"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.tpu
+def test_two_plans_for_tpus_at_a_time() -> None:
+    """libtpu's lock, which is for those who use a TPU, is not in the way."""
+    compilers.need("v5e:1x1")
+    words = [sys.executable, "-m", "medmoe_jax.plan", "--config=configs/stage2.py:tiny"]
+    words += ["--target=v5e:1x1", "--decode", "--length=96", "--config.model.llm.layers=1"]
+    pipe = subprocess.PIPE
+    both = [
+        subprocess.Popen(
+            words, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, env=compilers.environment()
+        )
+        for _ in range(2)
+    ]
+    for run in both:
+        said, wrong = run.communicate()
+        assert run.returncode == 0, wrong
+        assert "decode: stage2 of tiny on v5e:1x1" in said
