@@ -16,6 +16,9 @@ from medmoe_jax.models import buckets, experts, layers, products, tiles
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 WIDTH, FFN = 128, 144  # a width in whole blocks, and one that ends in a part of a TPU's block
+# What separate experts write ends with a whole block: JAX 0.11 and 0.12 cannot interpret a part of
+# one in memory that several kernels write.
+WHOLE = 256
 TPU, GPU = (partial(product, interpret=True) for product in (products.tpu, products.gpu))
 
 
@@ -90,7 +93,7 @@ def test_tiled_is_the_obvious_sum(
 def test_separate_experts_are_read_where_they_lie(product: Any, family: str, dtype: str) -> None:
     """As in generation: the sum is the obvious one, and no expert's kernel is copied."""
     n_experts, tokens, top_k = 2, 140, 1
-    p = small_models.fill(layers.mlp_leaves(family, WIDTH, FFN, (n_experts,)))
+    p = small_models.fill(layers.mlp_leaves(family, WIDTH, WHOLE, (n_experts,)))
     p = jax.tree.map(lambda a: a.astype(dtype), p)
     each = experts.separate(p, n_experts, 1)
     rng = np.random.default_rng(0)
@@ -109,14 +112,14 @@ def test_separate_experts_are_read_where_they_lie(product: Any, family: str, dty
         np.testing.assert_allclose(have, want, atol=tolerance, rtol=1e-5, err_msg=kind)
     if product is not products.plain:
         text = str(jax.make_jaxpr(form)(each, x, choice))
-        assert f"[{n_experts},{WIDTH},{FFN}]" not in text and f"[{WIDTH},{FFN}]" in text
+        assert f"[{n_experts},{WIDTH},{WHOLE}]" not in text and f"[{WIDTH},{WHOLE}]" in text
 
 
 @pytest.mark.parametrize("product", [TPU, GPU, products.plain])
 def test_separate_experts_have_derivatives(product: Any) -> None:
     """As `analyse` takes them, by the tokens and by the weights."""
     n_experts, tokens = 2, 140
-    p = small_models.fill(layers.mlp_leaves("phi", WIDTH, FFN, (n_experts,)))
+    p = small_models.fill(layers.mlp_leaves("phi", WIDTH, WHOLE, (n_experts,)))
     rng = np.random.default_rng(1)
     x = jnp.asarray(rng.standard_normal((1, tokens, WIDTH)), jnp.float32)
     choice, weight = chosen("mixed", tokens, n_experts, 1), jnp.full((1, tokens, 1), 0.7)
