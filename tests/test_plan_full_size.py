@@ -61,9 +61,8 @@ def test_two_plans_for_tpus_at_a_time() -> None:
 @pytest.mark.parametrize("mesh", ["1,2,4", "2,4,1"])
 @pytest.mark.parametrize("size", ["phi2", "stablelm"])
 def test_generation_at_full_size_on_a_mesh(size: str, mesh: str, tmp_path: Path) -> None:
-    """Each device holds its share of weights and cache, and a token moves neither: after attention
-    and after the FFN of each layer its hidden state is summed over the devices, and that is all
-    but for the embedding and what is chosen from the scores."""
+    """Each device holds its share of weights and cache, and a token moves neither: what attention,
+    experts and meta expert of each layer give is summed over the devices, and the embedding."""
     target, rows, length, new = "v5e:2x4", 8, 704, 64
     compilers.need(target)
     file = tmp_path / "plan.json"
@@ -89,4 +88,4 @@ def test_generation_at_full_size_on_a_mesh(size: str, mesh: str, tmp_path: Path)
     found = decode["collectives"]
     assert set(found) <= {"all-reduce", "all-gather"}
     states = 2 * 2 * rows // data * llm.width  # a sum sends twice what it sums, at 2 bytes
-    assert sum(kind["sent"] for kind in found.values()) < (2 * llm.layers + 4) * states
+    assert sum(kind["sent"] for kind in found.values()) < (3 * llm.layers + 4) * states
