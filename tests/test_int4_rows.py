@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from medmoe_jax.models import fallback, int4_rows, quantized
 
@@ -56,6 +57,9 @@ def test_a_gpu_takes_it() -> None:
     """And no other product."""
     x = jnp.ones((8, 256), jnp.bfloat16)
     kernel = quantized.to_int4(jnp.ones((256, 64)), 128)
-    traced = jax.jit(quantized.product).trace(kernel, x)
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    # JAX 0.11 asks for which GPU, 0.10 does not.
+    gpu = AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=gpu)):
+        traced = jax.jit(quantized.product).trace(kernel, x)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "product_of_int4" in text and "stablehlo.dot_general" not in text
