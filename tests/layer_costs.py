@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from medmoe_jax import presets
-from medmoe_jax.config import LlmConfig, MoeConfig
+from medmoe_jax import presets, sharding
+from medmoe_jax.config import LlmConfig, MeshConfig, MoeConfig
 from medmoe_jax.models import experts, layers, moe
 from medmoe_jax.plan import hlo, targets
 
@@ -30,7 +30,9 @@ def costs(form: Any, target: targets.Target, *arguments: Any) -> dict[str, Any]:
     given = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), arguments
     )
-    lowered = jax.jit(form).trace(*given).lower(lowering_platforms=(target.platform,))
+    # As in `plan`, and because JAX 0.11 asks the mesh for which GPU it makes a kernel.
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(1, 1, 1), target.devices[:1])):
+        lowered = jax.jit(form).trace(*given).lower(lowering_platforms=(target.platform,))
     found, chip = hlo.work(lowered.compile().as_text()), target.chip
     assert chip is not None and not found.endless
     seconds = max(found.flops / chip.peak["bfloat16"], found.traffic / chip.bandwidth)
