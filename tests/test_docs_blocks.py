@@ -23,7 +23,11 @@ from tiny_runs import save_start
 
 from medmoe_jax.config import MoeConfig
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
+pytestmark = [
+    pytest.mark.usefixtures("quick_compile"),
+    # Of ml_collections' loader, on Python 3.12.
+    pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning"),
+]
 BLOCKS = page_blocks()
 NOT_RUN = "not run:"  # an HTML comment in front of a Python block that needs what is not there
 
