@@ -114,9 +114,10 @@ def generation_ways(mesh: Mesh | AbstractMesh, cfg: ModelConfig) -> int:
 
 def constrain(x: jax.Array, *axes: Any) -> jax.Array:
     """In a compiled function: x with its first axes split over these mesh axes where they divide,
-    and on all devices otherwise; x itself where there is no mesh."""
+    and on all devices otherwise; x itself where there is no mesh, and in `shard_map`, where a
+    device sees its own part alone."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size <= 1:
+    if mesh.size <= 1 or AxisType.Manual in mesh.axis_types:
         return x
     return jax.lax.with_sharding_constraint(x, _fitted(P(*axes), x.shape, mesh))
 
@@ -125,6 +126,23 @@ def outline(a: Any, *axes: Any, mesh: Mesh | AbstractMesh) -> jax.ShapeDtypeStru
     """The shape of an array that lies where `constrain` puts it."""
     place = NamedSharding(mesh, _fitted(P(*axes), a.shape, mesh))
     return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place)
+
+
+@jax.custom_jvp
+def rows_of_gradient(x: jax.Array) -> jax.Array:
+    """x [B, ...] as it is; its gradient is split over all axes by rows, as batches are.
+
+    For the input of a product with a kernel that is split along its inputs. Left to itself XLA
+    splits the gradient like that too, which takes the rows of all devices together first.
+    """
+    return x
+
+
+@rows_of_gradient.defjvp
+def _rows_of_gradient_jvp(
+    given: tuple[jax.Array], change: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    return given[0], constrain(change[0], AXES)
 
 
 def _fitted(rule: P, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:

@@ -48,6 +48,7 @@ class Model(NamedTuple):
     accumulate: int = 1
     lora: int = 0  # rank of adapters
     frozen: str = "bfloat16"  # how frozen weights are kept
+    everything: bool = False  # all of the language model trains, as in stage 2
 
 
 class Case(NamedTuple):
@@ -67,7 +68,7 @@ ALL = tuple(Case(model, mesh) for mesh in MESHES for model in (PHI, PHI2, STABLE
 # Every axis alone and with others, both families, one expert and two; the rest is marked slow.
 QUICK = (
     Case(PHI, (8, 1, 1)),
-    Case(STABLELM2, (1, 8, 1)),
+    Case(Model("stablelm", 2, everything=True), (1, 8, 1)),
     Case(PHI, (1, 2, 4)),
     Case(Model("phi", 1, remat="full", lora=2, frozen="int8"), (2, 2, 2)),
     Case(Model("phi", 2, experts=6), (2, 1, 3)),  # on six of the devices
@@ -76,6 +77,7 @@ QUICK = (
 REST = (
     *(case for case in ALL if case not in QUICK),
     Case(Model("phi", 2, remat="full", dtype="bfloat16"), (1, 2, 4)),
+    Case(Model("phi", 1, remat="full", everything=True), (2, 2, 2)),
     Case(Model("phi", 1, lora=2), (2, 2, 2)),
     Case(Model("phi", 2, lora=2, frozen="int8"), (1, 2, 4)),
     Case(Model("phi", 1, lora=2, frozen="int4"), (2, 2, 2)),
@@ -104,7 +106,7 @@ def config(model: Model) -> tuple[RunConfig, ModelConfig]:
     sizes = small_models.config(model.family, MoeConfig(model.experts, model.top_k), layers=4)
     return RunConfig(
         model=sizes,
-        train=("llm/.*",) if model.lora else whole,
+        train=("llm/.*",) if model.lora or model.everything else whole,
         lora=LoraConfig(model.lora, dropout=0.0),
         compute_dtype=model.dtype,
         frozen_dtype=model.frozen,

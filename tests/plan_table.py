@@ -23,6 +23,14 @@ EXPERTS = RunConfig(
     loss_chunk=0,
     optim=OptimConfig(batch_size=8),
 )
+DENSE = small_models.config("phi", layers=2)
+EVERYTHING = dataclasses.replace(
+    EXPERTS,
+    phase="stage2",
+    model=dataclasses.replace(DENSE, llm=dataclasses.replace(DENSE.llm, ffn=64)),
+    train=("llm/.*",),
+    mesh=MeshConfig(1, 8, 1),
+)
 
 
 def plan(cfg: RunConfig, target: targets.Target) -> dict[str, object]:
@@ -62,6 +70,7 @@ def main() -> None:
             {
                 "data": plan(dataclasses.replace(EXPERTS, mesh=MeshConfig(8, 1, 1)), target),
                 "spread": plan(spread, target),
+                "everything": plan(EVERYTHING, target),
                 "exchange": exchange(target),
                 "candidates": [vars(run.mesh) for run in search.candidates(EXPERTS, target)],
             }

@@ -26,7 +26,7 @@ ALLOWED = {
     r"limits": r"config|upcycle|models\.layers",
     r"command_line": r"config",
     r"checkpoint": r"config|lora|stored|upcycle",
-    r"models\.layers": r"models\.(quantized|one_row)",
+    r"models\.layers": r"sharding|models\.(quantized|one_row)",
     r"models\.attention": r"models\.(layers|fallback)",
     r"models\.grouped": r"models\.layers",
     r"models\.products": r"models\.(layers|one_expert|fallback)",

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import plan_table
 import pytest
 from jax.sharding import AbstractMesh, AxisType
-from plan_table import EXPERTS, LENGTH
+from plan_table import EVERYTHING, EXPERTS, LENGTH
 
 from medmoe_jax import generate, hardware, layout, optim, sharding
 from medmoe_jax.config import ConfigError, MeshConfig
@@ -75,6 +75,19 @@ def test_what_is_spread_takes_its_share() -> None:
     found = table()["spread"]["collectives"]
     assert found["all-gather"]["sent"] > 0 and found["reduce-scatter"]["sent"] > 0
     assert not {"all-gather", "reduce-scatter"} & set(table()["data"]["collectives"])
+
+
+def test_weights_are_sent_and_no_activations() -> None:
+    """Where all of the language model trains: its matrices are gathered in the forward pass, when
+    that is repeated, and in the backward pass, and their gradients summed. It is not the rows of
+    all devices that come together."""
+    found = table()["everything"]["collectives"]
+    shapes = layout.shapes(EVERYTHING)
+    llm = {path: leaf.size for path, leaf in shapes.items() if path.startswith("llm/")}
+    matrices = sum(n for path, n in llm.items() if path.endswith(("kernel", "embedding")))
+    assert "all-to-all" not in found
+    assert found["all-gather"]["sent"] <= 3 * 7 / 8 * 4 * matrices
+    assert sum(kind["sent"] for kind in found.values()) <= 5 * 7 / 8 * 4 * sum(llm.values())
 
 
 def test_the_share_of_a_device() -> None:

@@ -40,6 +40,24 @@ def test_full_sizes(phase: str, size: str, target: str, tmp_path: Path) -> None:
     assert plan["compiled_flops"] > 0
 
 
+def test_stage_2_sends_weights_and_no_activations(tmp_path: Path) -> None:
+    """Phi-2 on 16 chips: each matrix is gathered three times (forward, repeated, backward) and its
+    gradient summed once, in 16 bits, and arithmetic takes longer than that."""
+    compilers.need("v5e:4x4")
+    file = tmp_path / "plan.json"
+    words = [sys.executable, "-m", "medmoe_jax.plan", "--config=configs/stage2.py:phi2"]
+    words += ["--target=v5e:4x4", "--mesh=1,-1,1", f"--json={file}"]
+    env = compilers.environment()
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    (plan,) = json.loads(file.read_text())
+    llm = medmoe.shapes(presets.model("phi2"))["llm"]
+    matrices = sum(leaf.size for leaf in jax.tree.leaves(llm) if leaf.ndim > 1)
+    assert sum(kind["sent"] for kind in plan["collectives"].values()) < 4 * 2 * matrices
+    assert plan["seconds"]["network"] < plan["seconds"]["arithmetic"]
+    assert plan["memory"]["peak"] < 3.2 * GIB
+
+
 def test_two_plans_for_tpus_at_a_time() -> None:
     """libtpu's lock, which is for those who use a TPU, is not in the way."""
     compilers.need("v5e:1x1")

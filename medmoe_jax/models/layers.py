@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from medmoe_jax import sharding
 from medmoe_jax.models import one_row, quantized
 
 Array = jax.Array
@@ -117,7 +118,7 @@ def _of_shadow_jvp(given: tuple[Array, Array], change: tuple[Array, Array]) -> t
 def linear(p: Params, x: Array) -> Array:
     """x [..., d_in] -> [..., d_out] in the dtype of x; the kernel may be quantized, and have an
     adapter beside it."""
-    kernel = p["kernel"]
+    kernel, x = p["kernel"], sharding.rows_of_gradient(x)
     if quantized.is_quantized(kernel):
         y = quantized.product(kernel, x)
     else:
