@@ -32,6 +32,7 @@ from medmoe_jax.config import (
     RunConfig,
 )
 from medmoe_jax.models import experts, grouped, layers
+from medmoe_jax.plan import hlo_text
 
 DEVICES = 8
 ROUTINGS = ("mixed", "one expert")
@@ -186,9 +187,8 @@ def groups(program: str) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     for line in program.splitlines():
         kind = re.search(r'op_name="[^"]*/shard_map/(all_gather|reduce_scatter)"', line)
-        first = re.search(r"replica_groups=\{\{([\d,]*)\}", line)
-        if kind and first:
-            found.setdefault(kind[1], []).append(first[1].count(",") + 1)
+        if kind and (size := hlo_text.group_size(line)):
+            found.setdefault(kind[1], []).append(size)
     return found
 
 

@@ -16,7 +16,7 @@ from math import prod
 import numpy as np
 
 from medmoe_jax.plan.hlo_memory import COLLECTIVES, ONE_EXPERT, Memory, declared
-from medmoe_jax.plan.hlo_text import Computation, Op, operands, parse
+from medmoe_jax.plan.hlo_text import Computation, Op, group_size, operands, parse
 
 COUNTERS = ("s32", "u32")  # of loops
 # Kernels of splash attention, which do not declare their FLOPs -> products of queries and keys: the
@@ -189,25 +189,12 @@ class _Reader:
             for other in op.called if op.kind == "fusion" else ():
                 yield from self._inside(other)
 
-    def _group(self, op: Op) -> int:
-        """Devices that exchange with each other."""
-        text = op.attributes
-        if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", text):
-            return len(listed.group(1).split(","))
-        if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", text):
-            return int(iota.group(2))
-        if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:<=\S*)?\s*\{([^}]*)\}", text):
-            sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh.group(1)))
-            used = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh.group(2))
-            return prod(int(part or sizes[axis]) for axis, part in used)
-        return self._partitions
-
     def _collective(self, within: Computation, op: Op, kind: str, result: Work) -> None:
         given = sum(shape.size for shape in operands(within, op))
         if kind in ("collective-permute", "collective-broadcast"):
             result.collectives[kind] = Collective(1.0, given)
             return
-        n = self._group(op)
+        n = group_size(op.attributes) or self._partitions
         if n == 1 or self._memory.goes_on(within, op):
             return
         if kind == "all-reduce" and self._scatters(within, op):

@@ -127,3 +127,22 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
         elif current is not None and last is not None:
             last.attributes += line  # what a kernel says of itself may go over several lines
     return found, entry
+
+
+def group_size(attributes: str) -> int | None:
+    """How many devices of a collective exchange with each other; None where it names no groups: all
+    do.
+
+    Args:
+      attributes: of the operation, or its whole line. Groups are listed, numbered, or (jax 0.11)
+        named by axes of the mesh.
+    """
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
+        return len(listed.group(1).split(","))
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes):
+        return int(iota.group(2))
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:<=\S*)?\s*\{([^}]*)\}", attributes):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh.group(1)))
+        used = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", mesh.group(2))
+        return prod(int(part or sizes[axis]) for axis, part in used)
+    return None
