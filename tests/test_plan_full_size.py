@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import compilers
 import jax
@@ -22,19 +23,24 @@ pytestmark = [pytest.mark.slow, pytest.mark.tpu]
 PHASES = ("stage1", "stage2", "router", "stage3")
 
 
+def planned(folder: Path, config: str, target: str, *words: str) -> list[dict[str, Any]]:
+    """What the command says of a config and a target, as it writes it to a file."""
+    compilers.need(target)
+    file = folder / "plan.json"
+    command = [sys.executable, "-m", "medmoe_jax.plan", f"--config=configs/{config}"]
+    command += [f"--target={target}", f"--json={file}", *words]
+    env = compilers.environment()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    return json.loads(file.read_text())
+
+
 @pytest.mark.parametrize("target", ["v5e:4x4", "h200:8"])
 @pytest.mark.parametrize("size", ["phi2", "stablelm"])
 @pytest.mark.parametrize("phase", PHASES)
 def test_full_sizes(phase: str, size: str, target: str, tmp_path: Path) -> None:
     """Every phase of both models compiles for a TPU slice and for a node of GPUs, and fits."""
-    compilers.need(target)
-    file = tmp_path / "plan.json"
-    command = [sys.executable, "-m", "medmoe_jax.plan", f"--config=configs/{phase}.py:{size}"]
-    command += [f"--target={target}", "--mesh=1,-1,1", f"--json={file}"]
-    env = compilers.environment()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=env)
-    assert done.returncode == 0, done.stderr
-    (plan,) = json.loads(file.read_text())
+    (plan,) = planned(tmp_path, f"{phase}.py:{size}", target, "--mesh=1,-1,1")
     assert plan["fits"] and not plan["endless"]
     assert 0 < plan["mfu"] <= 1
     assert plan["compiled_flops"] > 0
@@ -43,14 +49,7 @@ def test_full_sizes(phase: str, size: str, target: str, tmp_path: Path) -> None:
 def test_stage_2_sends_weights_and_no_activations(tmp_path: Path) -> None:
     """Phi-2 on 16 chips: each matrix is gathered three times (forward, repeated, backward) and its
     gradient summed once, in 16 bits, and arithmetic takes longer than that."""
-    compilers.need("v5e:4x4")
-    file = tmp_path / "plan.json"
-    words = [sys.executable, "-m", "medmoe_jax.plan", "--config=configs/stage2.py:phi2"]
-    words += ["--target=v5e:4x4", "--mesh=1,-1,1", f"--json={file}"]
-    env = compilers.environment()
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, env=env)
-    assert done.returncode == 0, done.stderr
-    (plan,) = json.loads(file.read_text())
+    (plan,) = planned(tmp_path, "stage2.py:phi2", "v5e:4x4", "--mesh=1,-1,1")
     llm = medmoe.shapes(presets.model("phi2"))["llm"]
     matrices = sum(leaf.size for leaf in jax.tree.leaves(llm) if leaf.ndim > 1)
     assert sum(kind["sent"] for kind in plan["collectives"].values()) < 4 * 2 * matrices
@@ -81,16 +80,10 @@ def test_two_plans_for_tpus_at_a_time() -> None:
 def test_generation_at_full_size_on_a_mesh(size: str, mesh: str, tmp_path: Path) -> None:
     """Each device holds its share of weights and cache, and a token moves neither: what attention,
     experts and meta expert of each layer give is summed over the devices, and the embedding."""
-    target, rows, length, new = "v5e:2x4", 8, 704, 64
-    compilers.need(target)
-    file = tmp_path / "plan.json"
-    words = [sys.executable, "-m", "medmoe_jax.plan", f"--config=configs/stage3.py:{size}"]
-    words += [f"--target={target}", "--decode", f"--mesh={mesh}", f"--length={length}"]
-    words += [f"--new={new}", f"--config.optim.batch_size={rows}", f"--json={file}"]
-    env = compilers.environment()
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False, env=env)
-    assert done.returncode == 0, done.stderr
-    prefill, decode = json.loads(file.read_text())
+    rows, length, new = 8, 704, 64
+    words = ["--decode", f"--mesh={mesh}", f"--length={length}", f"--new={new}"]
+    words += [f"--config.optim.batch_size={rows}"]
+    prefill, decode = planned(tmp_path, f"stage3.py:{size}", "v5e:2x4", *words)
     assert prefill["fits"] and decode["fits"] and not prefill["endless"] | decode["endless"]
     model = presets.model(size, MoeConfig())
     data, fsdp, expert = map(int, mesh.split(","))

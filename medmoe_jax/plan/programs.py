@@ -102,13 +102,12 @@ def train_step(cfg: RunConfig, target: Target, length: int, images: int) -> Prog
     mesh = sharding.make_mesh(cfg.mesh, target.devices)
     model = layout.model_of(cfg)
     given = abstract(cfg, mesh, length, images)
+    rows = cfg.optim.batch_size
+    work = flops.costs(cfg, model, given.label).total([length] * rows, rows * images)
     with jax.set_mesh(mesh):
         traced = step.make_step(cfg, model, given.tx, given.state).trace(
             given.state, given.frozen, given.batch
         )
-    rows = cfg.optim.batch_size
-    work = flops.costs(cfg, model, given.label).total([length] * rows, rows * images)
-    with jax.set_mesh(mesh):
         return compiled("train", traced, target, dict(mesh.shape), given.groups, work)
 
 
