@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax.traverse_util import unflatten_dict
 
-from medmoe_jax import lora, losses, optim
+from medmoe_jax import lora, losses, optim, sharding
 from medmoe_jax.config import ConfigError, ModelConfig, RunConfig
 from medmoe_jax.models import layers, medmoe
 
@@ -86,14 +86,6 @@ def forward_loss(
         hidden, lambda h: medmoe.logits(params, h), batch["labels"], cfg.loss_chunk
     )
     return Loss(rows, counts, reports["aux"].sum() if "aux" in reports else jnp.zeros(()))
-
-
-def split_like_batch(rows: Array) -> Array:
-    """f32[B] over the devices of the mesh as the batch is, so that each process holds its own."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size <= 1:
-        return rows
-    return jax.lax.with_sharding_constraint(rows, jax.P(mesh.axis_names))
 
 
 def dealt(x: Array, parts: int) -> Array:
@@ -184,7 +176,10 @@ def make_step(
             "aux": aux,
             "grad_norm": norm,
             "tokens": loss.counts.sum(),
-            "rows": split_like_batch((loss.rows / jnp.maximum(loss.counts, 1)).T.reshape(-1)),
+            # Split as the batch is, so that each process holds its own.
+            "rows": sharding.constrain(
+                (loss.rows / jnp.maximum(loss.counts, 1)).T.reshape(-1), sharding.AXES
+            ),
         }
         return State(state.step + 1, train, opt), metrics
 
