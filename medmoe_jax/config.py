@@ -185,7 +185,8 @@ class MoeConfig:
     def validate(self, n_layers: int) -> None:
         """Raises ConfigError where the settings do not fit together."""
         _check_numbers("moe", self)
-        self.layers(n_layers)
+        if not self.layers(n_layers):
+            raise ConfigError(f"moe.placement {self.placement!r} is none of {n_layers} layer(s)")
         if self.experts < 2:
             raise ConfigError(f"moe.experts is {self.experts}; a mixture needs at least 2")
         if self.top_k not in (1, 2):

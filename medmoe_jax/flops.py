@@ -109,7 +109,8 @@ def costs(cfg: RunConfig, model: ModelConfig, label: dict[str, str]) -> Costs:
     """
     trains, llm = _Label(label, cfg.lora.rank), model.llm
     d, kv = llm.width, llm.kv_heads * llm.head_dim
-    probed = cfg.model.moe_layers if cfg.objective == "router" else ()
+    probes = cfg.model.moe if cfg.objective == "router" else None
+    probed = probes.layers(llm.layers) if probes else ()
     last = probed[-1] if probed else llm.layers
     flows = trains("projector/", "vision/", "llm/embed/")
     token = pair = 0.0
@@ -131,8 +132,8 @@ def costs(cfg: RunConfig, model: ModelConfig, label: dict[str, str]) -> Costs:
             token += _moe(model, trains, within) if routed else _ffn(model, trains, kind, within)
             flows = flows or trains("llm/layers/", f"{kind}/")
         if i in probed:
-            assert cfg.model.moe is not None
-            widths = (*[d] * cfg.model.moe.router_layers, cfg.model.moe.experts)
+            assert probes is not None
+            widths = (*[d] * probes.router_layers, probes.experts)
             token += trains.chain("router", widths, False)  # hidden states get no gradient
     if not probed:
         token += trains.product("llm/lm_head", d, llm.vocab, flows or trains("llm/final_ln/"))

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from math import prod
+from math import gcd, prod
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -60,23 +61,52 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Mesh with the axes AXES over `devices` (default: all).
 
     Raises:
-      ConfigError: more than one -1, or sizes whose product is not the number of devices.
+      ConfigError: more than one -1, sizes whose product is not the number of devices, or slices
+        that are not equally large.
     """
     devices = list(jax.devices()) if devices is None else devices
     sizes = [cfg.data, cfg.fsdp, cfg.expert]
-    known = int(np.prod([s for s in sizes if s != -1]))
-    if sizes.count(-1) > 1 or known < 1 or len(devices) % known:
+    known = prod(s for s in sizes if s != -1)
+    if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes) or len(devices) % known:
         raise ConfigError(
             f"mesh {dict(zip(AXES, sizes, strict=True))} does not divide {len(devices)} device(s)"
         )
     sizes = [len(devices) // known if s == -1 else s for s in sizes]
-    if int(np.prod(sizes)) != len(devices):
+    if prod(sizes) != len(devices):
         raise ConfigError(
-            f"mesh {dict(zip(AXES, sizes, strict=True))} needs {int(np.prod(sizes))} devices; "
+            f"mesh {dict(zip(AXES, sizes, strict=True))} needs {prod(sizes)} devices; "
             "there are "
             f"{len(devices)}. Set one axis to -1 to fill it"
         )
-    return jax.make_mesh(tuple(sizes), AXES, (AxisType.Auto,) * 3, devices=devices)
+    return Mesh(arranged(sizes, devices), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def arranged(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """The devices as an array of these sizes, neighbours along an axis near each other.
+
+    The network between slices of TPUs, or between machines with GPUs, is slow. The first axes cross
+    it, the last ones stay inside of it as far as their sizes allow. `jax.make_mesh` does not take
+    several slices, nor axes for which those of a TPU's torus have to be split.
+
+    Raises:
+      ConfigError: slices, or machines, that are not equally large.
+    """
+    slices = Counter(getattr(device, "slice_index", 0) for device in devices)
+    if len(set(slices.values())) > 1:
+        raise ConfigError(
+            f"the slices or machines of this run have {sorted(slices.values())} devices; use "
+            "equally large ones"
+        )
+    outer, left = [], len(slices)
+    for size in sizes:
+        outer.append(gcd(size, left))
+        left //= outer[-1]
+    inner = [size // times for size, times in zip(sizes, outer, strict=True)]
+    if len(slices) == 1:
+        return mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(
+        inner, outer, devices, allow_split_physical_axes=True
+    )
 
 
 def spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:

@@ -47,7 +47,8 @@ def forward_loss(
     """Loss of a batch under the run's objective (`answer` or `router`).
 
     Args:
-      cfg: objective, dtype, rematerialisation, loss chunk.
+      cfg: objective, dtype, rematerialisation, loss chunk; in the router phase, which layers are
+        read (config.model.moe).
       model: shapes.
       flat: all parameters, path -> array, adapters (`lora`) among them.
       batch: see `models.medmoe.forward`, with labels i32[B, T] and modality i32[B] (i32[B, P]
@@ -74,7 +75,8 @@ def forward_loss(
         probe=probe,
     )
     if cfg.objective == "router":
-        logits = reports["probe"][jnp.asarray(cfg.model.moe_layers)]
+        assert cfg.model.moe is not None
+        logits = reports["probe"][jnp.asarray(cfg.model.moe.layers(model.llm.layers))]
         owner = losses.expert_of(batch["modality"], logits.shape[-1])
         rows, counts = losses.router_loss(
             logits, batch["mask"], owner, cfg.router_level, batch.get("segments")

@@ -85,6 +85,7 @@ def starting_point(cfg: RunConfig) -> tuple[dict[str, Any], checkpoint.ModelMeta
                 "the router phase needs a dense (stage 2) model in config.init and "
                 "config.model.moe set"
             )
+        mixture.validate(model.llm.layers)
         params = params | {"router": jax.device_get(router.fresh(model, mixture, cfg.seed))}
     elif mixture is not None and model.moe is None:
         if cfg.router == FRESH:

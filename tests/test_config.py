@@ -75,6 +75,8 @@ def test_placements() -> None:
     for wrong in ("0,0", "0,7", "-1", "some", "1;2"):
         with pytest.raises(ConfigError, match=f"moe.placement '{wrong}'"):
             MoeConfig(placement=wrong).layers(7)
+    with pytest.raises(ConfigError, match=r"'first_half' is none of 1 layer\(s\)"):
+        small_models.config("phi", MoeConfig(placement="first_half"), layers=1)
     cfg = small_models.config("phi", MoeConfig(placement="1"), layers=3)
     assert cfg.moe_layers == (1,) and cfg.dense_layers == (0, 2)
 

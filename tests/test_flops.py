@@ -88,6 +88,10 @@ def test_router_phase() -> None:
     assert phi.pair == 2 * 4 * D
     stable = costs("stablelm", ("router/.*",), moe, 4, objective="router")
     assert stable.token == 2 * 2 * (ATTENTION + 3 * D * F) + 2 * ATTENTION + 2 * router
+    # config.model may name another size than the model that runs: only its mixture counts.
+    cfg = RunConfig(model=small_models.config("phi", MoeConfig(4), layers=8), objective="router")
+    model = small_models.config("phi", layers=4)
+    assert flops.costs(cfg, model, {"router/fc1/kernel": "train"}) == phi
 
 
 def test_of_a_batch() -> None:

@@ -9,6 +9,7 @@ import math
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -167,6 +168,39 @@ def test_mesh() -> None:
     for wrong in (MeshConfig(-1, -1, 1), MeshConfig(-1, 1, 2), MeshConfig(-1, 0, 1)):
         with pytest.raises(ConfigError, match=r"does not divide 1 device\(s\)"):
             sharding.make_mesh(wrong, here)
+    with pytest.raises(ConfigError, match=r"does not divide 4 device\(s\)"):
+        sharding.make_mesh(MeshConfig(-2, -2, 1), here * 4)
+
+
+def machines(*gpus: int) -> list[SimpleNamespace]:
+    """Stand-ins for so many GPUs of each machine."""
+    owners = [owner for owner, n in enumerate(gpus) for _ in range(n)]
+    return [
+        SimpleNamespace(id=i, slice_index=owner, platform="gpu", device_kind="GPU")
+        for i, owner in enumerate(owners)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "sizes", "want"),
+    [
+        ((4,), (1, 2, 2), [[[0, 0], [0, 0]]]),
+        ((4, 4), (2, 2, 2), [[[0, 0], [0, 0]], [[1, 1], [1, 1]]]),
+        ((4, 4), (1, 4, 2), [[[0, 0], [0, 0], [1, 1], [1, 1]]]),
+        ((2, 2, 2, 2), (2, 1, 4), [[[0, 0, 1, 1]], [[2, 2, 3, 3]]]),
+        ((3, 3), (3, 2, 1), [[[0], [1]]] * 3),
+    ],
+)
+def test_the_first_axes_cross_machines(gpus: Any, sizes: Any, want: Any) -> None:
+    """The slow network is between machines, or slices of TPUs; `jax.make_mesh` refuses several."""
+    found = sharding.arranged(sizes, machines(*gpus))
+    assert [[[d.slice_index for d in row] for row in part] for part in found] == want
+    assert sorted(device.id for device in found.flat) == list(range(sum(gpus)))
+
+
+def test_machines_are_equally_large() -> None:
+    with pytest.raises(ConfigError, match=r"have \[2, 4\] devices"):
+        sharding.arranged((3, 2, 1), machines(4, 2))
 
 
 @pytest.mark.parametrize(

@@ -315,6 +315,21 @@ def test_router_phase_trains_the_router_alone(params: Any, batch: Any) -> None:
     assert found[-1] < 0.8 * found[0]
 
 
+def test_router_phase_reads_layers_of_the_model_that_runs(params: Any, batch: Any) -> None:
+    """And not those of config.model, which may name another size: only its mixture counts."""
+    dense = dataclasses.replace(MODEL, moe=None)
+    router = jax.tree.map(lambda a: a[0], params["llm"]["moe"]["router"])
+    flat = flatten_dict(small_models.params(dense) | {"router": router}, sep="/")
+    losses = []
+    for more in (0, 1):
+        llm = dataclasses.replace(MODEL.llm, layers=MODEL.llm.layers + more)
+        asked = dataclasses.replace(MODEL, llm=llm)
+        run = run_config(asked, ("router/.*",), objective="router")
+        losses.append(step.forward_loss(run, dense, flat, batch))
+    assert losses[0].counts.tolist() == losses[1].counts.tolist()
+    np.testing.assert_array_equal(losses[0].rows, losses[1].rows)
+
+
 def test_unknown_objective(params: Any, batch: Any) -> None:
     run = run_config(MODEL, (".*",), objective="sing")
     flat = flatten_dict(params, sep="/")

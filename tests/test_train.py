@@ -201,6 +201,11 @@ def test_faults_of_the_user_are_named(
     router = tiny_runs.run_config(phase("router"), start, questions, steps=1)
     with pytest.raises(DataError, match="CT"):
         train.train(router, tmp_path / "b")  # 200 rows a modality are not there
+    for wrong, message in (({"experts": 0}, "experts is 0"), ({"placement": "0,3"}, "below 2")):
+        mixture = dataclasses.replace(MoeConfig(), **wrong)  # the start has two layers
+        other = dataclasses.replace(router, model=dataclasses.replace(router.model, moe=mixture))
+        with pytest.raises(ConfigError, match=message):
+            train.starting_point(other)
     stage2 = tiny_runs.run_config(phase("stage2"), start, questions, steps=1)
     with pytest.raises(ConfigError, match=r"config\.init"):
         train.train(dataclasses.replace(stage2, init=""), tmp_path / "c")
