@@ -226,7 +226,7 @@ def options(question: str) -> list[list[str]]:
     Returns:
       One list of words an option; empty where there are none.
     """
-    listed = re.findall(r"\[([^\]]*)\]|options: ([^\s\[][^.?\n]*)", question.lower())
+    listed = re.findall(r"\[([^\]]*)\]|options: ([^\s\[](?:[^.?\n]|\.(?=\d))*)", question.lower())
     if listed:
         text = "".join(listed[-1])
         return [split_words(option) for option in text.split(";" if ";" in text else ",")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -141,6 +142,18 @@ def test_loads_and_faithfulness_of_a_file(root: Path, capsys: pytest.CaptureFixt
             assert image.width > 600
 
 
+def test_patches_of_padding_are_not_listed(found: Explanation) -> None:
+    """Their attribution is zero, which is more than what speaks against an answer."""
+    shown = np.array([[[True, False], [True, False]]])
+    against = dataclasses.replace(found, shown=shown, attribution=np.where(shown, -1.5, 0.0))
+    listed = [
+        line
+        for line in text.explanation(against).splitlines()
+        if line.endswith("0 |") and ".." in line
+    ]
+    assert len(listed) == 2 and all("-1.500" in line for line in listed)
+
+
 def test_one_question(root: Path) -> None:
     rows = ("--data", root / "rows.jsonl", "--question", "3", "--steps", 48, "--draws", 4)
     by_row = run(root, *rows)["explanation"]
@@ -160,8 +173,13 @@ def test_rows_that_cannot_be_used(root: Path) -> None:
     file = tiny_data.save_rows(root / "broken.json", rows)
     with pytest.raises(DataError, match=r"(?s)1 of 2 .*broken.png.*--on-error skip"):
         run(root, "--data", file)
-    found = run(root, "--data", file, "--on-error", "skip")
-    assert found["routing"]["samples"]["all"] == 1 and found["left_out"][0]["row"] == 1
+    skip = ("--data", file, "--on-error", "skip")
+    found = run(root, *skip, "--faithfulness", 2, "--draws", 2, "--method", "occlusion")
+    assert found["routing"]["samples"]["all"] == 1 and found["faithfulness"]["questions"] == 1
+    assert [row["row"] for row in found["left_out"]] == [1]
+    # More rows that are unusable at once than rows that are left to look at.
+    tiny_data.save_rows(file, [*rows, {}, {}, {}])
+    assert [row["row"] for row in run(root, *skip)["left_out"]] == [2, 3, 4, 1]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import tiny_runs
 
 from medmoe_jax import distributed
 from medmoe_jax.config import ConfigError, MoeConfig, RunConfig
+from medmoe_jax.data.problems import DataError
 from medmoe_jax.experiments import __main__ as main
 from medmoe_jax.experiments import answers, costs, paper, report
 from medmoe_jax.experiments import compare as comparing
@@ -164,6 +165,16 @@ def test_a_table_of_stored_cells(tmp_path: Path):
 def test_a_claim_is_undecided_where_the_interval_holds_zero():
     assert claim("x", Difference(1.0, -0.1, 2.0)).words().startswith("undecided")
     assert claim("x", Difference(-1.0, -2.0, -0.1)).words().startswith("not reproduced")
+
+
+def test_tests_without_any_column_say_what_is_missing(tmp_path: Path):
+    turns = [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "a"}]
+    row = {"id": 1, "answer_type": "CLOSED", "options": ["a", "b"], "label": 0}
+    scores = answers.score([row | {"conversations": turns}], [{"question_id": 1, "text": "a"}])
+    (tmp_path / answers.SCORES).write_text(json.dumps({"tests": {"mine": scores}}))
+    assert answers.read_scores(tmp_path).names == ("mine closed",)
+    with pytest.raises(DataError, match="classification needs 'task'"):
+        answers.read_tasks(tmp_path)
 
 
 def test_pages_escape_what_they_show(tmp_path: Path):

@@ -72,3 +72,9 @@ def test_verdicts_come_from_the_interval():
 def test_other_questions_cannot_be_compared():
     with pytest.raises(ValueError, match="same questions"):
         statistics.differences([scores([[1, 1]], ["a"])], [scores([[1, 1]], ["b"])], 10)
+
+
+def test_without_draws_there_is_no_interval():
+    found = statistics.differences([scores([[1, 1]])], [scores([[0, 1]])], 0)["open"]
+    assert found.mean == 100 and found.verdict == 0 and found.text() == "+100.0 (no interval)"
+    assert statistics.as_json(found) == {"mean": 100, "low": None, "high": None, "verdict": 0}

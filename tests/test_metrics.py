@@ -243,6 +243,8 @@ def test_options() -> None:
     assert options("Is it CT or an MRI?") == [["ct"], ["mri"]]
     assert options("[a] Which one? [Left lung, none]") == [["left", "lung"], ["0"]]
     assert options("Which? Options: liver, left kidney.") == [["liver"], ["left", "kidney"]]
+    sizes = options("Which? Options: 1.5 cm, 2 cm. Choose.")
+    assert sizes == [["1.5", "cm"], ["2", "cm"]]
     assert options("Choose from the following two options: [Yes, No]") == [["yes"], ["no"]]
     named = options("What?\nChoose one of these options: left, or right (lung); heart.")
     assert named == [["left", "or", "right", "lung"], ["heart"]]

@@ -13,6 +13,7 @@ import pytest
 from miniature_sources import lines, prepare
 from PIL import Image
 
+from medmoe_jax.data import images
 from medmoe_jax.data.prepare import counts, layouts
 from medmoe_jax.data.prepare.__main__ import main
 from medmoe_jax.data.prepare.pictures import Store
@@ -153,6 +154,71 @@ def test_images_that_are_stored_otherwise(tmp_path: Path) -> None:
     assert prepare("custom", folder, tmp_path / "out") == 0
     images = json.loads((tmp_path / "out" / "summary.json").read_text())["images"]
     assert images == {"written": 0, "kept": 2}
+
+
+def test_versions_that_say_nothing_of_the_splits(tmp_path: Path) -> None:
+    """A version without numbers for what was asked for is no version that agrees."""
+    first = Published("first", {"train": 3, "val": 2})
+    second = Published("second", {"train": 5})
+    found = counts.compare(Counter({"val": 1}), [first, second], ["val"])
+    assert found.differs and found.table == (("val", 2, 1),)
+    assert counts.compare(Counter({"val": 1}), [second], ["val"]) == counts.none_known()
+    source = mini.slake(tmp_path / "s")
+    assert prepare("slake", source, tmp_path / "out", "--splits", "val") == 1
+
+
+@pytest.mark.parametrize("name", ["custom", "slake"])
+def test_a_folder_below_the_source_is_written_twice(tmp_path: Path, name: str) -> None:
+    """What was prepared before is not taken for a part of the source."""
+    source = tmp_path / "s"
+    if name == "slake":
+        mini.slake(source)
+    else:
+        mini.put(source / "a.csv", b"image,question,answer\np.jpg,Q?,yes\n")
+        mini.put(source / "p.jpg", mini.picture(1))
+    out = source / "prepared"
+    assert prepare(name, source, out, "--allow-counts") == 0
+    whole = folder_content(out)
+    assert prepare(name, source, out, "--allow-counts") == 0
+    assert folder_content(out) == whole
+
+
+def test_mended_pictures_are_taken_anew(tmp_path: Path) -> None:
+    """Of the same length, so that the size of the file says nothing."""
+    source, out = tmp_path / "s", tmp_path / "out"
+    mini.put(source / "a.csv", b"image,question,answer\na.bmp,Q?,yes\nv.nii,Q?,no\n")
+    nib = pytest.importorskip("nibabel")
+    for brightness in (10, 200):
+        Image.new("L", (20, 20), brightness).save(source / "a.bmp")
+        volume = np.arange(64, dtype=np.int16).reshape(4, 4, 4) * (1 if brightness == 10 else -1)
+        nib.save(nib.Nifti1Image(volume, np.eye(4)), source / "v.nii")
+        assert prepare("custom", source, out) == 0
+        assert (out / "images" / "a.bmp").read_bytes() == (source / "a.bmp").read_bytes()
+        shown = images.open_image(source / "v.nii")
+        np.testing.assert_array_equal(images.open_image(out / "images" / "v.nii.png"), shown)
+
+
+def test_two_pictures_of_one_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "s"
+    mini.put(source / "a.csv", b"image,question,answer\na.jpg,Q?,yes\na.jpg.png,Q?,no\n")
+    mini.put(source / "a.jpg", mini.picture(1, "PNG"))
+    mini.put(source / "a.jpg.png", mini.picture(2, "PNG"))
+    assert prepare("custom", source, tmp_path / "out") == 1
+    told = capsys.readouterr().err
+    assert "would both be stored as 'a.jpg.png'" in told and "1 of 2 row(s)" in told
+
+
+def test_halves_of_characters_are_bad_rows(tmp_path: Path) -> None:
+    """In any field of a row, as what is written is UTF-8."""
+    rows = [
+        {"id": i, "answer_type": "open", "conversations": mini.talk("Why?", "so"), "task": task}
+        for i, task in enumerate(("whole", "half \ud83d"))
+    ]
+    mini.put(tmp_path / "train_all.json", json.dumps(rows).encode())
+    out = tmp_path / "out"
+    assert prepare("med_moe", tmp_path / "train_all.json", out, "--on-error", "skip") == 0
+    assert [row["id"] for row in lines(out / "manifest.jsonl")] == ["0"]
+    assert "half a character" in (out / "problems.jsonl").read_text()
 
 
 def test_names_that_leave_the_folder(tmp_path: Path) -> None:

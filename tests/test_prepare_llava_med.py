@@ -153,6 +153,22 @@ def test_a_first_turn_of_gpt_is_dropped(tmp_path: Path) -> None:
     assert summary["handled"] == {"a turn of 'gpt' before the first question dropped": 1}
 
 
+def test_texts_and_names_that_no_file_can_have(tmp_path: Path) -> None:
+    """Half a character makes one row unusable; a name longer than names can be is a lost image."""
+    folder = images(tmp_path / "images", 1)
+    broken = aligned(0, id="half", conversatons=talk("Why?\n<image>", "so \ud83d"))
+    long = aligned(1, image="x" * 300 + ".jpg")
+    source = tmp_path / "llava_med_alignment_500k.json"
+    source.write_text(json.dumps([aligned(0), broken, long]))
+    more = ("--images", str(folder), "--allow-counts", "--on-error", "skip")
+    assert prepare(source, tmp_path / "out", *more) == 0
+    assert [row["id"] for row in lines(tmp_path / "out" / "manifest.jsonl")] == ["p0"]
+    assert "half a character" in (tmp_path / "out" / "problems.jsonl").read_text()
+    assert (tmp_path / "out" / "missing_images.txt").read_text() == "x" * 300 + ".jpg\n"
+    filtered = json.loads((tmp_path / "out" / "llava_med_alignment_500k_filter.json").read_text())
+    assert filtered == [aligned(0), broken]
+
+
 def test_what_is_no_source(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a").mkdir()
     assert prepare(tmp_path / "a", tmp_path / "out") == 1

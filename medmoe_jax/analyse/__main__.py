@@ -17,9 +17,10 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -41,6 +42,7 @@ DENSE = (
     "This is a dense model (stage 1 or 2): it has no experts and no router, so there are no expert "
     "loads. Explanations work."
 )
+Made = TypeVar("Made")
 REMEDY = {"remedy": "--on-error skip", "place": "--image-folder"}
 
 
@@ -59,47 +61,28 @@ def question_of(sample: Sample) -> str:
     return sample.turns[0][1].replace(templates.IMAGE_TOKEN, "").strip()
 
 
-def faithfulness(
-    model: Model, samples: Sequence[Sample], image_folder: str, how: Settings
-) -> dict[str, Any]:
-    """The deletion figures of the model's own answers to several questions.
-
-    Raises:
-      DataError: none of them has an image.
-    """
-    seen = [sample for sample in samples if sample.images]
-    if not seen:
-        raise DataError("--faithfulness needs rows with images; there are none")
-    curves = []
-    for sample in tqdm(seen, desc="faithfulness", unit="question", dynamic_ncols=True):
-        shown = pictures(sample, image_folder)
-        found = explain.explain(model, question_of(sample), shown, settings=how)
-        assert found.curve is not None
-        curves.append(found.curve)
-    return deletion.aggregate(curves, [str(s.images) for s in seen], seed=how.seed)
-
-
 def usable(
-    model: Model,
     samples: Sequence[Sample],
-    image_folder: str,
+    make: Callable[[Sample], Made],
+    what: str,
     on_error: str,
     problems: list[Problem],
-) -> Iterator[inputs.Row]:
-    """The samples as rows; those that cannot be used go into `problems`.
+) -> Iterator[Made]:
+    """`make` of every sample; those that cannot be used go into `problems`, at the end.
 
     Raises:
       DataError: at the end, as `problems.settle`.
     """
-    store = ImageStore(image_folder, model.spec, keep=False)
-    for sample in tqdm(samples, desc="loads", unit="row", dynamic_ncols=True):
+    found: list[Problem] = []
+    for sample in tqdm(samples, desc=what, unit="row", dynamic_ncols=True):
         try:
-            row = inputs.of_sample(model, sample, store)
+            made = make(sample)
         except DataError as error:
-            problems.append(Problem(sample.file, sample.row, sample.id, str(error)))
+            found.append(Problem(sample.file, sample.row, sample.id, str(error)))
         else:
-            yield row
-    settle(problems, on_error, len(samples), **REMEDY)
+            yield made
+    settle(found, on_error, len(samples), **REMEDY)
+    problems += [problem for problem in found if problem not in problems]
 
 
 class Analysis:
@@ -119,7 +102,9 @@ class Analysis:
         if model.config.moe is None:
             self.parts.append(DENSE)
             return
-        rows = usable(model, samples, folder, on_error, self.problems)
+        store = ImageStore(folder, model.spec, keep=False)
+        make = partial(inputs.of_sample, model, store=store)
+        rows = usable(samples, make, "loads", on_error, self.problems)
         batches = inputs.batches(rows, size)
         found = routing.trace(model.params, model.config, batches, model.dtype)
         self.figures["routing"] = report = routing.report(found)
@@ -138,10 +123,29 @@ class Analysis:
         if self.out and found.experts is not None:
             self.written.append(plots.experts(found, self.out / "experts.png"))
 
-    def faithfulness(self, report: dict[str, Any], method: str) -> None:
-        """Many questions."""
-        self.figures["faithfulness"] = {"method": method} | report
-        self.parts.append(text.faithfulness(report, method))
+    def faithfulness(
+        self, model: Model, samples: Sequence[Sample], folder: str, on_error: str, how: Settings
+    ) -> None:
+        """The deletion figures of the model's own answers to many questions.
+
+        Raises:
+          DataError: none of them has an image.
+        """
+        seen = [sample for sample in samples if sample.images]
+        if not seen:
+            raise DataError("--faithfulness needs rows with images; there are none")
+
+        def curve_of(sample: Sample) -> tuple[deletion.Curve, str]:
+            shown = pictures(sample, folder)
+            found = explain.explain(model, question_of(sample), shown, settings=how)
+            assert found.curve is not None
+            return found.curve, str(sample.images)
+
+        pairs = usable(seen, curve_of, "faithfulness", on_error, self.problems)
+        curves, clusters = zip(*pairs, strict=True)
+        report = deletion.aggregate(curves, clusters, seed=how.seed)
+        self.figures["faithfulness"] = {"method": how.method} | report
+        self.parts.append(text.faithfulness(report, how.method))
         if self.out:
             self.written.append(plots.deletion(report, self.out / "faithfulness.png"))
 
@@ -223,7 +227,7 @@ def analyse(args: argparse.Namespace) -> None:
         done.loads(model, drawn, folder, args.on_error, args.batch_size)
     if args.faithfulness:
         drawn = inputs.draw(samples, args.faithfulness, args.seed)
-        done.faithfulness(faithfulness(model, drawn, folder, how), how.method)
+        done.faithfulness(model, drawn, folder, args.on_error, how)
     done.finish({k: str(v) for k, v in sorted(vars(args).items())})
 
 

@@ -134,7 +134,7 @@ def find(samples: Sequence[Sample], name: str) -> Sample:
     for sample in samples:
         if sample.id == name:
             return sample
-    if name.isdigit() and int(name) < len(samples):
+    if name.isdecimal() and int(name) < len(samples):
         return samples[int(name)]
     raise DataError(
         f"no row has the id {name!r}, and it is no number below {len(samples)}; ids are like "

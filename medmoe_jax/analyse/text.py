@@ -147,8 +147,8 @@ def _experts(found: Explanation) -> str:
 def _patches(found: Explanation) -> str:
     assert found.curve is not None
     curve, side = found.curve, found.attribution.shape[-1]
-    flat = found.attribution.reshape(-1)
-    order = np.argsort(-flat, kind="stable")[: min(MOST_PATCHES, int(found.shown.sum()))]
+    flat, places = found.attribution.reshape(-1), np.flatnonzero(found.shown)
+    order = places[np.argsort(-flat[places], kind="stable")][:MOST_PATCHES]
     rows = []
     for at in order:
         image, place = divmod(int(at), side * side)

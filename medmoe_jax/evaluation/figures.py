@@ -96,7 +96,9 @@ def add_intervals(
     if len(opened):
         counted = bleu.counts((items[i].reference, items[i].prediction) for i in opened)
         intervals = boot.rows(np.array(opened)).intervals(
-            lambda times: np.array([[bleu.score(row)] for row in times @ counted])
+            lambda times: np.array(
+                [[bleu.score(row @ counted) if row.any() else np.nan] for row in times]
+            )
         )
         report["ci95_percent"][bleu.CORPUS] = pair_or_none(intervals[0], 100.0)
 

@@ -12,6 +12,7 @@ import numpy as np
 from medmoe_jax import model as loaded
 from medmoe_jax import predict
 from medmoe_jax.data import questions, sources
+from medmoe_jax.data.problems import DataError
 from medmoe_jax.evaluation import figures
 from medmoe_jax.evaluation.rows import pair, read
 from medmoe_jax.experiments.config import AnswersConfig
@@ -121,6 +122,9 @@ def stacked(found: dict[str, Any], wanted: dict[str, tuple[str, str, str | None]
     Args:
       found: test -> what `score` returns.
       wanted: column -> (test, figure, task or None for all).
+
+    Raises:
+      DataError: no row counts for any column.
     """
     images = [image for part in found.values() for image in part["images"]]
     columns, names = [], []
@@ -134,4 +138,10 @@ def stacked(found: dict[str, Any], wanted: dict[str, tuple[str, str, str | None]
         if np.isfinite(column).any():
             columns.append(column)
             names.append(name)
+    if not names:
+        raise DataError(
+            f"no row of the tests {', '.join(found)} counts for any of the columns "
+            f"{', '.join(wanted) or '(none)'}: open and closed questions need 'answer_type', "
+            "classification needs 'task' as well"
+        )
     return Scores(tuple(names), np.stack(columns, 1), images)

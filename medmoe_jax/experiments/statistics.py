@@ -54,7 +54,8 @@ class Level:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two variants, first minus second, points: mean over seeds and 95 % interval."""
+    """Of two variants, first minus second, points: mean over seeds and 95 % interval, whose ends
+    are NaN where none was drawn."""
 
     mean: float
     low: float
@@ -62,12 +63,13 @@ class Difference:
 
     @property
     def verdict(self) -> int:
-        """1 or -1 where the interval is above or below zero, 0 where it holds zero."""
+        """1 or -1 where the interval is above or below zero, 0 where it holds zero or is none."""
         return int(self.low > 0) - int(self.high < 0)
 
     def text(self) -> str:
         """As in a table."""
-        return f"{self.mean:+.1f} [{self.low:+.1f}, {self.high:+.1f}]"
+        drawn = f"[{self.low:+.1f}, {self.high:+.1f}]" if self.low <= self.high else "(no interval)"
+        return f"{self.mean:+.1f} {drawn}"
 
 
 def level(values: Sequence[float]) -> Level:
@@ -91,7 +93,7 @@ def differences(
     Args:
       first: one `Scores` a seed.
       second: likewise, of the same questions in the same order.
-      samples: bootstrap draws.
+      samples: bootstrap draws; 0 = no intervals.
       seed: of the draws.
 
     Raises:
@@ -104,8 +106,9 @@ def differences(
         Scores(a.names, a.values - b.values, a.images) for a, b in zip(first, second, strict=True)
     ]
     found = np.stack([scores.means() for scores in apart]).mean(0)
-    drawn = resampled(apart, samples, seed)
-    low, high = np.nanpercentile(drawn, PERCENTILES, axis=0)
+    low, high = np.full((2, len(found)), np.nan)
+    if samples:
+        low, high = np.nanpercentile(resampled(apart, samples, seed), PERCENTILES, axis=0)
     names = (*first[0].names, ALL)
     return {
         name: Difference(float(found[i]), float(low[i]), float(high[i]))
@@ -141,4 +144,8 @@ def as_json(value: Any) -> Any:
     """A Level or a Difference for a file."""
     if isinstance(value, Level):
         return {"mean": value.mean, "std": value.std, "seeds": list(value.seeds)}
-    return {"mean": value.mean, "low": value.low, "high": value.high, "verdict": value.verdict}
+    ends = {
+        name: None if np.isnan(end) else end
+        for name, end in (("low", value.low), ("high", value.high))
+    }
+    return {"mean": value.mean, **ends, "verdict": value.verdict}

@@ -25,7 +25,7 @@ class Comparison:
 
 
 def none_known() -> Comparison:
-    """Of a data set whose numbers nobody published."""
+    """Of a data set, or of splits, whose numbers nobody published."""
     return Comparison("", (), "no numbers are published", False)
 
 
@@ -36,17 +36,22 @@ def compare(
 
     Args:
       found: rows of the source by 'train' and by 'train CLOSED'.
-      published: versions, the expected one first.
+      published: versions, the expected one first. One that says nothing of the splits that were
+        asked for is none to compare with.
       splits: those that were asked for; the others are not compared.
     """
-    if not published:
-        return none_known()
     tables = []
     for version in published:
         wanted = {k: n for k, n in version.counts.items() if k.split()[0] in splits}
-        tables.append(tuple((key, number, found[key]) for key, number in wanted.items()))
-    for place, (version, table) in enumerate(zip(published, tables, strict=True)):
+        if wanted:
+            table = tuple((key, number, found[key]) for key, number in wanted.items())
+            tables.append((version.version, table))
+    if not tables:
+        return none_known()
+    expected = published[0].version
+    for name, table in tables:
         if all(number == here for _, number, here in table):
-            why = "" if place == 0 else f"these are the numbers of {version.version}"
-            return Comparison(version.version, table, why, False)
-    return Comparison(published[0].version, tables[0], "", True)
+            why = "" if name == expected else f"these are the numbers of {name}"
+            return Comparison(name, table, why, False)
+    name, table = tables[0]
+    return Comparison(name, table, "", True)

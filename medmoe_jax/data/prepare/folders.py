@@ -12,6 +12,12 @@ from medmoe_jax.data.problems import DataError
 from medmoe_jax.data.sources import records
 
 MANIFEST, SUMMARY, IMAGES = "manifest.jsonl", "summary.json", "images"
+IDENTITY = "source.json"  # what a folder was begun from
+
+
+def is_prepared(folder: Path) -> bool:
+    """Whether a folder is the output of a preparation, also of one that was stopped."""
+    return (folder / IDENTITY).is_file() and (folder / IMAGES).is_dir()
 
 
 def rows(folder: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from medmoe_jax.data.prepare.folders import is_prepared
 from medmoe_jax.data.problems import DataError
 
 DEPTH = 4  # folders below the source that are looked into
@@ -35,12 +36,14 @@ def unknown(source: Path, looked_for: str) -> DataError:
 
 
 def folders(source: Path) -> list[Path]:
-    """The source and the folders below it, outer ones first; of a file, where it lies."""
+    """The source and the folders below it, outer ones first; of a file, where it lies. What was
+    prepared before is no source: an --out may lie below."""
     level = [source if source.is_dir() else source.parent]
     found = []
     for _ in range(DEPTH):
         found += level
-        level = [p for f in level for p in sorted(f.iterdir()) if p.is_dir() and p.name[0] != "."]
+        below = (p for f in level for p in sorted(f.iterdir()) if p.is_dir() and p.name[0] != ".")
+        level = [p for p in below if not is_prepared(p)]
     return found
 
 

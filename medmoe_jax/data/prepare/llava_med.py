@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -118,8 +119,9 @@ def _original(path: Path, rows: Sequence[Any], folder: Path, out: Path) -> Itera
     lacking = _missing(rows, folder)
     kept = [row for row in rows if not set(_images(row)) & lacking]
     filtered = out / f"{path.stem.removesuffix('_filter')}_filter.json"
-    filtered.write_text(json.dumps(kept, ensure_ascii=False), encoding="utf-8")
-    (out / MISSING).write_text("".join(f"{n}\n" for n in sorted(lacking)), encoding="utf-8")
+    filtered.write_text(json.dumps(kept))  # rows that cannot be used are in it, whatever they hold
+    names = (name.encode(errors="backslashreplace") for name in sorted(lacking))
+    (out / MISSING).write_bytes(b"".join(name + b"\n" for name in names))
     for place, row in enumerate(rows):
         if set(_images(row)) & lacking:
             yield LeftOut(LEFT_OUT, "train", "OPEN")
@@ -141,7 +143,7 @@ def _missing(rows: Sequence[Any], folder: Path) -> set[str]:
     found = set()
     for name in {name for row in rows for name in _images(row)}:
         inside = not Path(name).is_absolute() and ".." not in Path(name).parts
-        if inside and not (folder / name).is_file():
+        if inside and not os.path.isfile(folder / name):  # noqa: PTH113, never raises
             found.add(name)
     return found
 

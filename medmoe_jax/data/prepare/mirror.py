@@ -36,10 +36,9 @@ def events(
       leave_out: a row that is known not to be wanted.
     """
     told = _told(files, state, Reading("train", source, licence))
-    several = len({split for split, _ in files}) < len(files)
     first: dict[str, int] = {}  # split -> rows in the files before
     for split, file in files:
-        start = first.get(split, 0) if several else 0
+        start = first.get(split, 0)
         make = partial(_row, (source, licence, split), file, start, state, leave_out, told)
         number = 0
         rows = tables.rows(file, NEEDED)

@@ -1,8 +1,9 @@
-"""Images of a source -> the folder `images/`, in parallel; what is there already is kept.
+"""Images of a source -> the folder `images/`, in parallel; what is complete there is kept.
 
 An image that Pillow reads is stored byte for byte, so nothing is lost by compressing it anew; its
 suffix is added where the name has another one. DICOM and NIfTI files become PNG. Every image is
-decoded once before it is stored, and a file appears under its name only when it is complete.
+decoded once before it is stored, and a file appears under its name only when it is complete. One
+that is there is kept if it is what would be written, so pictures that were mended are taken anew.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Store:
         self._pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="picture")
         self._running: dict[str, Future[str]] = {}
         self._settled: dict[str, str | DataError] = {}
+        self._owners: dict[str, str] = {}  # stored under -> name of the picture
         self._lock = threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -73,13 +75,21 @@ class Store:
             raise DataError(f"image {picture.name!r} points out of the image folder")
         try:
             if picture.file and medical.kind(picture.file):
-                return self._render(picture.name, picture.file)
-            data = picture.read() if picture.read else _content(picture.file)
+                name, data = f"{picture.name}.png", self._render(picture.file)
+            else:
+                data = picture.read() if picture.read else _content(picture.file)
+                name = picture.name + _missing_suffix(picture.name, data)
         except OSError as error:
             raise DataError(f"image {picture.name!r} cannot be read: {error}") from error
-        name = picture.name + _missing_suffix(picture.name, data)
+        with self._lock:
+            owner = self._owners.setdefault(name, picture.name)
+        if owner != picture.name:
+            raise DataError(
+                f"images {picture.name!r} and {owner!r} would both be stored as {name!r}, as "
+                "suffixes follow the content; rename one of them"
+            )
         path = self.folder / name
-        if path.is_file() and path.stat().st_size == len(data):
+        if path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data:
             with self._lock:
                 self.kept += 1
             return name
@@ -87,17 +97,11 @@ class Store:
         self._put(path, data)
         return name
 
-    def _render(self, name: str, file: Path) -> str:
+    def _render(self, file: Path) -> bytes:
         """A DICOM or NIfTI file as PNG, in the view of this store."""
-        path = self.folder / f"{name}.png"
-        if path.is_file():
-            with self._lock:
-                self.kept += 1
-        else:
-            content = io.BytesIO()
-            images.open_image(file, self.view).save(content, "PNG")
-            self._put(path, content.getvalue())
-        return f"{name}.png"
+        content = io.BytesIO()
+        images.open_image(file, self.view).save(content, "PNG")
+        return content.getvalue()
 
     def _put(self, path: Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

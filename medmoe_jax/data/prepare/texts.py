@@ -4,6 +4,7 @@ source does not tell. What was put right is counted, and a rule that gave a valu
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -79,7 +80,7 @@ class Reading:
         """
         if isinstance(value, bool) or not isinstance(value, (str, int, float, type(None))):
             raise DataError(f"the {what} must be text, not {value!r}")
-        if value is None or (isinstance(value, float) and math.isnan(value)):
+        if value is None or (isinstance(value, float) and not math.isfinite(value)):
             value = ""
         if isinstance(value, (int, float)):
             self.handled.append(f"{what}: a number, written as text")
@@ -142,6 +143,9 @@ class Reading:
           question_type: '' where unknown.
           pictures: images of the row.
           more: further fields, such as `options`.
+
+        Raises:
+          DataError: a field holds halves of characters.
         """
         talk = []
         for question, answer in turns:
@@ -161,4 +165,5 @@ class Reading:
             "origin": f"{file} row {place}",
             "rules": dict(self.rules),
         }
+        check_text(json.dumps(row, ensure_ascii=False), "row")
         return Draft(file, place, row, tuple(pictures), tuple(self.handled))

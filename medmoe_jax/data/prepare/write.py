@@ -27,12 +27,12 @@ from tqdm import tqdm
 
 from medmoe_jax.config import ViewConfig
 from medmoe_jax.data.prepare import counts
+from medmoe_jax.data.prepare.folders import IDENTITY, IMAGES
 from medmoe_jax.data.prepare.pictures import Store
 from medmoe_jax.data.prepare.sheet import Sample, draw_sheet
 from medmoe_jax.data.prepare.types import SPLITS, Bad, Draft, Event, LeftOut, Licence, Opened
 from medmoe_jax.data.problems import DataError, Problem, settle, write_problems
 
-IDENTITY = "source.json"  # what a folder was begun from
 PARTIAL = ".partial"
 
 
@@ -139,7 +139,7 @@ def write(
         (out / f"{name}.jsonl").unlink(missing_ok=True)
     (out / "problems.jsonl").unlink(missing_ok=True)
     with ExitStack() as stack:
-        store = stack.enter_context(Store(out / "images", workers, view))
+        store = stack.enter_context(Store(out / IMAGES, workers, view))
         files = {
             name: stack.enter_context(
                 (out / f"{name}.jsonl{PARTIAL}").open("w", encoding="utf-8", newline="\n")
@@ -172,7 +172,7 @@ def write(
         else:
             partial.unlink()
     _write_licence(opened.licences, out / "licence.txt")
-    draw_sheet(sample.rows(), out / "images").save(out / "sheet.png")
+    draw_sheet(sample.rows(), out / IMAGES).save(out / "sheet.png")
     return result
 
 
