@@ -28,6 +28,7 @@ import time
 from typing import NoReturn
 
 SAVED = 75  # how training ends after SIGTERM: saved, to be started again
+LOST = 69  # and where another of its processes is gone
 USAGE = 2
 GRACE = 300  # seconds to save in after a signal
 
@@ -69,6 +70,7 @@ class Launcher:
     def __init__(self) -> None:
         self.asked_to_stop = False
         self.parts: list[subprocess.Popen[str]] = []
+        self.first: list[int] = []  # statuses of those that failed before they were told to end
         for name in (signal.SIGTERM, signal.SIGINT):
             signal.signal(name, self._stop)
 
@@ -99,8 +101,9 @@ class Launcher:
             readers[-1].start()
         end = None
         while any(part.poll() is None for part in self.parts):
-            failed = any(part.poll() not in (None, 0) for part in self.parts)
-            if end is None and (failed or self.asked_to_stop):
+            if end is None:
+                self.first = [part.returncode for part in self.parts if part.poll()]
+            if end is None and (self.first or self.asked_to_stop):
                 end = time.monotonic() + GRACE
                 self._signal(signal.SIGTERM)
             if end is not None and time.monotonic() > end:
@@ -108,7 +111,10 @@ class Launcher:
             time.sleep(0.1)
         for reader in readers:
             reader.join()
-        return [part.returncode for part in self.parts]
+        statuses = [part.returncode for part in self.parts]
+        if end is None:
+            self.first = [status for status in statuses if status]
+        return statuses
 
 
 def show(part: subprocess.Popen[str], number: int, several: bool) -> None:
@@ -156,8 +162,8 @@ def main() -> int:
         statuses = launcher.once(todo)
         if not any(statuses):
             return 0
-        killed = any(status < 0 for status in statuses) or SAVED in statuses
-        if launcher.asked_to_stop or not killed:
+        lost = all(status < 0 or status in (SAVED, LOST) for status in launcher.first)
+        if launcher.asked_to_stop or not lost:
             break
         left = options.restarts - attempt
         print(f"a process was lost (statuses {statuses}); {left} restarts left", flush=True)

@@ -309,6 +309,20 @@ def launcher(folder: Path, *options: str) -> subprocess.Popen[str]:
     )
 
 
+def test_a_fault_of_one_process_is_no_loss_of_the_others(tmp_path: Path) -> None:
+    """The others are told to end then, before they can say anything themselves."""
+    (tmp_path / "medmoe_jax").mkdir()
+    (tmp_path / "medmoe_jax" / "train.py").write_text(
+        "import sys, time\n"
+        "print('begins')\n"
+        "sys.exit('a fault') if sys.argv[-1].endswith('process=0') else time.sleep(60)\n"
+    )
+    words = [sys.executable, LAUNCH / "local.py", "--processes", "2", "--", "--config", "c"]
+    done = run(*words, PYTHONPATH=str(tmp_path), PYTHONSAFEPATH="1")
+    assert done.returncode == 1
+    assert done.stdout.count("a fault") == 1 and "restarts left" not in done.stdout
+
+
 def wait_for_steps(folder: Path, process: subprocess.Popen[str], steps: int) -> None:
     metrics, end = folder / "run" / "metrics.jsonl", time.monotonic() + 200
     while not (metrics.exists() and metrics.read_text().count("\n") > steps):
