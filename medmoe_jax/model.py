@@ -195,8 +195,8 @@ def load(
             raise ConfigError(
                 f"{path} holds no {' and no '.join(absent)}; `convert to-jax` joins the parts"
             )
-        family = meta.model.llm.family
-        tokenizer = tokens.load_tokenizer(folder / "tokenizer", family)
+        family, vocab = meta.model.llm.family, meta.model.llm.vocab
+        tokenizer = tokens.load_tokenizer(folder / "tokenizer", family, vocab)
         spec = images.read_image_spec(folder / "preprocessor_config.json", aspect, view)
         ways = 1 if devices is None else sharding.generation_ways(devices, meta.model)
         whole = generate.for_generation({part: params[part] for part in PARTS}, meta.model, ways)

@@ -159,8 +159,9 @@ def load_data(cfg: RunConfig, model: ModelConfig) -> Data:
       ConfigError: the image settings do not fit the vision tower.
       DataError: rows that cannot be used, unless config.data.on_error is 'skip'.
     """
-    tokenizer = tokens.load_tokenizer(Path(cfg.init) / "tokenizer", model.llm.family)
-    settings = Path(cfg.init) / "preprocessor_config.json"
+    folder, llm = Path(cfg.init), model.llm
+    tokenizer = tokens.load_tokenizer(folder / "tokenizer", llm.family, llm.vocab)
+    settings = folder / "preprocessor_config.json"
     spec = images.read_image_spec(settings, cfg.data.image_aspect, cfg.data.view)
     if spec.crop != model.vision.image_size:
         raise ConfigError(

@@ -176,7 +176,11 @@ def test_unusable_tokenizers_are_told(tmp_path: Path) -> None:
     folder = tiny_data.save_tokenizer(tmp_path / "tokenizer")
     with pytest.raises(DataError, match="'llama' is unknown"):
         tokens.load_tokenizer(folder, "llama")
-    assert tokens.load_tokenizer(folder, "phi").pad_token == "<|extra_0|>"
+    phi = tokens.load_tokenizer(folder, "phi")
+    assert phi.pad_token == "<|extra_0|>" and phi.unk_token_id == len(phi) - 1
+    tokens.load_tokenizer(folder, "phi", len(phi) - 1)  # no text has the new word
+    with pytest.raises(DataError, match=f"has {len(phi) - 1} words, the model {len(phi) - 2};"):
+        tokens.load_tokenizer(folder, "phi", len(phi) - 2)
     text = (folder / "tokenizer.json").read_text(encoding="utf-8")
     (folder / "tokenizer.json").write_text(text.replace("reg0", "reg9"), encoding="utf-8")
     with pytest.raises(DataError, match=r"no word <\|reg0\|>"):

@@ -25,7 +25,7 @@ class Encoded(NamedTuple):
     labels: list[int]
 
 
-def load_tokenizer(folder: str | Path, family: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: str | Path, family: str, vocab: int = 0) -> PreTrainedTokenizerBase:
     """Tokenizer of a local folder, with the unknown and padding words of Med-MoE.
 
     phi gets the new word '<|extra_0|>' as unknown word, stablelm its own '<|reg0|>'; both pad with
@@ -35,6 +35,7 @@ def load_tokenizer(folder: str | Path, family: str) -> PreTrainedTokenizerBase:
     Args:
       folder: holds tokenizer.json, or vocab.json and merges.txt, and tokenizer_config.json.
       family: 'phi' or 'stablelm' (`LlmConfig.family`).
+      vocab: words of the model that it is for (`LlmConfig.vocab`); 0 = not known.
 
     Raises:
       DataError: the folder holds no usable tokenizer, or it breaks one of these rules.
@@ -75,6 +76,14 @@ def load_tokenizer(folder: str | Path, family: str) -> PreTrainedTokenizerBase:
         raise DataError(f"{folder}: padding and end are the same word {tokenizer.eos_token!r}")
     if tokenizer("a").input_ids != tokenizer("a", add_special_tokens=False).input_ids:
         raise DataError(f"{folder}: the tokenizer adds words of its own around a text")
+    # No text has the unknown word, which is new where the tokenizer has none of its own.
+    words = tokenizer.get_vocab()
+    most = 1 + max(number for word, number in words.items() if word != tokenizer.unk_token)
+    if vocab and most > vocab:
+        raise DataError(
+            f"{folder}: the tokenizer has {most:,} words, the model {vocab:,}; use the tokenizer "
+            "that belongs to the model"
+        )
     return tokenizer
 
 
