@@ -144,7 +144,6 @@ def main() -> None:
         )
         wrong = found.pop("wrong")
         shown = text.markdown(found)
-        print(shown)
         files = []
         if args.out:
             files += [(args.out, _dump(found)), (args.out.with_suffix(".md"), shown)]
@@ -152,6 +151,7 @@ def main() -> None:
             files.append((args.wrong or args.out.with_suffix(".wrong.json"), _dump(wrong)))
         for path, content in files:
             _write(path, content)
+        print(shown)
         drawn = (
             plots.draw(found["confidence"], args.plots)
             if args.plots and found["confidence"]

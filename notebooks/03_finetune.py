@@ -114,8 +114,8 @@ display(Image("runs/mine/data/sheet.png", width=900))
 # %% [markdown]
 # ## Check
 #
-# What would spoil a run: broken images, doubled rows, test images in the training set, answers that
-# are one word only. Errors give it exit status 1.
+# What would spoil a run: broken images, doubled rows, test images in the training set, and with a
+# tokenizer rows that are too long. Errors give it exit status 1.
 
 # %%
 # !python -m medmoe_jax.data.check runs/mine/data --out runs/mine/check

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -113,3 +114,42 @@ def test_quick_demonstration_trains_less_and_keeps_to_itself(
     assert len(commands) == 7
     with pytest.raises(ConfigError, match="take another --workdir"):
         Demo(tmp_path, "phi", 0, quick=False)
+
+
+def test_an_interrupted_demonstration_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """What a stopped command left where it wants an empty folder is in nobody's way."""
+    states: list[dict[str, bool]] = []
+    made = ("torch", "start", "exported")
+
+    def run(words: list[str], **_: object) -> subprocess.CompletedProcess:
+        states.append({name: (tmp_path / name).exists() for name in made})
+        return subprocess.CompletedProcess(words, len(states) == 2)  # the second step fails
+
+    monkeypatch.setattr(subprocess, "run", run)
+    for name in made:
+        (tmp_path / name / "half").mkdir(parents=True)
+    with pytest.raises(SystemExit, match="'tiny checkpoints' failed"):
+        Demo(tmp_path, "phi", 0, quick=True).make()
+    assert [state["torch"] for state in states] == [True, False]
+    demo = Demo(tmp_path, "phi", 0, quick=True)
+    demo.make()
+    demo.judge()
+    assert not any(states[-1].values())
+    (tmp_path / "torch" / "clip").mkdir(parents=True)  # finished: it stays
+    Demo(tmp_path, "phi", 0, quick=True).make()
+    assert (tmp_path / "torch" / "clip").is_dir()
+
+
+def test_checkpoints_are_not_made_over_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "llm").mkdir()
+    (tmp_path / "llm" / "mine.txt").write_text("mine")
+    monkeypatch.setattr(sys, "argv", ["checkpoints", "--out", str(tmp_path)])
+    monkeypatch.setattr(checkpoints, "make_vision", lambda *_: pytest.fail("trained first"))
+    with pytest.raises(SystemExit, match="exists already"):
+        checkpoints.main()
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_the_shortest_pretraining(steps: int):
+    rate = pretrain._adamw(1e-3, steps)
+    assert rate.init(np.zeros(1)) is not None

@@ -353,3 +353,19 @@ def test_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) 
     pred = write(tmp_path / "p.jsonl", unsure)
     run(monkeypatch, "--gt", gt, "--pred", pred, "--plots", tmp_path / "none")
     assert "No pictures" in capsys.readouterr().out and not (tmp_path / "none").exists()
+
+
+def test_a_pipe_that_closes_loses_no_file(
+    golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with `| head`: the report is written before it is shown."""
+
+    def closed(*_: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", closed)
+    files = ("--gt", golden / "gt.json", "--pred", golden / "pred.jsonl")
+    with pytest.raises(SystemExit):
+        run(monkeypatch, *files, "--pair", "order", "--bootstrap", 0, "--out", tmp_path / "m.json")
+    assert json.loads((tmp_path / "m.json").read_text())["n"]
+    assert (tmp_path / "m.md").read_text().startswith("# Evaluation")

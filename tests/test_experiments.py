@@ -272,6 +272,18 @@ def test_phantom_data_of_a_study_are_checked(wrong: dict[str, Any], said: str):
         check(StudyConfig(phantom=PhantomConfig(**wrong)))
 
 
+def test_files_of_a_study_are_checked():
+    """Also of folders that have an equals sign in their name."""
+    files = FilesConfig(tune=("run=3/train.json",), tests=("A=run=3/a.json", "B=b.json"))
+    study = Study(StudyConfig(files=files), 1)
+    check(study.cfg)
+    assert study.paths("tune", None) == ("run=3/train.json",)
+    assert study.paths("tests", None) == ("run=3/a.json", "b.json")
+    for tests in (("a.json",), ("A=a.json", "A=b.json"), ("x/A=a.json",), ("A=",)):
+        with pytest.raises(ConfigError, match=r"config\.files\.tests is .* NAME=FILE"):
+            check(StudyConfig(files=FilesConfig(tests=tests)))
+
+
 def test_a_failed_cell_fails_what_needs_it_alone(tmp_path: Path):
     log: list[str] = []
 

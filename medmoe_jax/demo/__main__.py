@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -61,8 +62,9 @@ class Demo:
         self.data = workdir / "data"
         self.seconds: dict[str, float] = {}
 
-    def step(self, name: str, module: str, *args: object) -> None:
-        """Runs `python -m medmoe_jax.MODULE ARGS`, unless it finished in an earlier run."""
+    def step(self, name: str, module: str, *args: object, makes: Path | None = None) -> None:
+        """Runs `python -m medmoe_jax.MODULE ARGS`, unless it finished in an earlier run. What one
+        that was stopped left in the folder `makes` is removed: the command wants it empty."""
         more = QUICK.get(name, ()) if self.quick else ()
         words = [sys.executable, "-m", f"medmoe_jax.{module}", *map(str, (*args, *more))]
         shown = ["python", *words[1:]]
@@ -72,6 +74,8 @@ class Demo:
             self.seconds[name] = json.loads(mark.read_text())["seconds"]
             print("(done before)", flush=True)
             return
+        if makes is not None:
+            shutil.rmtree(makes, ignore_errors=True)
         started = time.perf_counter()
         status = subprocess.run(words, check=False).returncode
         if status:
@@ -117,12 +121,14 @@ class Demo:
             "tiny checkpoints",
             "demo.checkpoints",
             *("--out", torch, "--llm", self.llm, "--seed", self.seed),
+            makes=torch,
         )
         self.step(
             "to JAX",
             "convert",
             "to-jax",
             *(torch / "llm", self.dir / "start", "--vision", torch / "clip", "--seed", self.seed),
+            makes=self.dir / "start",
         )
         heldout = f"--config.data.eval_files=('{data / 'instruct_heldout.json'}',)"
         self.train("stage1", "start", "alignment.json")
@@ -136,7 +142,8 @@ class Demo:
         for name, phase, images in EVALUATED:
             self.ask(name, phase, images)
         exported, record = self.dir / "exported", self.dir / "pytorch.safetensors"
-        self.step("to PyTorch", "convert", "to-torch", self.dir / "stage3/model", exported)
+        words = ("convert", "to-torch", self.dir / "stage3/model", exported)
+        self.step("to PyTorch", *words, makes=exported)
         self.step(
             "PyTorch answers",
             "demo.record",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterable
@@ -25,6 +26,8 @@ from PIL import Image
 
 from medmoe_jax import checkpoint, presets
 from medmoe_jax.config import ModelConfig, natural
+from medmoe_jax.convert.report import ConversionError
+from medmoe_jax.convert.to_jax import check_empty
 from medmoe_jax.convert.to_torch import to_torch
 from medmoe_jax.data import images, phantom, templates, tokens
 from medmoe_jax.demo import pretrain
@@ -162,6 +165,11 @@ def main() -> None:
     parser.add_argument("--vision-steps", type=int, default=2000)
     parser.add_argument("--language-steps", type=int, default=750)
     args = parser.parse_args()
+    try:
+        for part in ("clip", "llm"):  # told before, not after, the pretraining
+            check_empty(args.out / part)
+    except ConversionError as error:
+        sys.exit(f"error: {error}")
     model = presets.model(PRESET[args.llm])
     make_vision(args.out / "clip", model, args.seed, args.studies, args.vision_steps)
     make_language(args.out / "llm", model, args.seed, args.language_steps)

@@ -31,7 +31,7 @@ EMBEDDING_SCALE = 25.0  # words as large as what the layers add to them
 
 def _adamw(lr: float, steps: int) -> optax.GradientTransformation:
     warm = max(steps // 20, 1)
-    rate = optax.warmup_cosine_decay_schedule(0.0, lr, warm, steps, lr / 50)
+    rate = optax.warmup_cosine_decay_schedule(0.0, lr, warm, max(steps, warm + 1), lr / 50)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, weight_decay=0.01))
 
 

@@ -3,6 +3,7 @@
 # No `from __future__ import annotations`: command-line overrides read the types of the fields.
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ from medmoe_jax.config import ConfigError, RunConfig
 from medmoe_jax.data import phantom
 
 LLMS = {"phi": "Phi-2", "stablelm": "StableLM-2"}
+NAMED = ("tests", "classify_tests")  # roles whose files are NAME=FILE
 
 
 @dataclass
@@ -93,6 +95,15 @@ def check(cfg: StudyConfig) -> None:
             f"{cfg.bootstrap} and answers {answers}; ranks, labels, batch_size and max_new_tokens "
             "must be 1 or more (at least one each), rows and bootstrap 0 or more"
         )
+    for role in NAMED:
+        entries = getattr(cfg.files, role)
+        names = [entry.partition("=")[0] for entry in entries]
+        odd = [entry for entry in entries if not re.fullmatch(r"[^=/\\]+=.+", entry)]
+        if odd or len(set(names)) < len(names):
+            raise ConfigError(
+                f"config.files.{role} is {entries}; each entry is NAME=FILE, as in "
+                "VQA-RAD=data/test_rad.json, and no name comes twice"
+            )
     made = cfg.phantom
     try:
         phantom.check(made.train, made.test, made.size)

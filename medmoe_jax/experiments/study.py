@@ -23,7 +23,7 @@ from medmoe_jax.demo import checkpoints
 from medmoe_jax.evaluation import rows as question_rows
 from medmoe_jax.experiments import answers
 from medmoe_jax.experiments.cells import Cell, Json, fingerprint
-from medmoe_jax.experiments.config import StudyConfig, changed, override
+from medmoe_jax.experiments.config import NAMED, StudyConfig, changed, override
 from medmoe_jax.experiments.variants import variant
 
 # Of the files that phantom data have, by role.
@@ -96,14 +96,14 @@ class Study:
 
     def paths(self, role: str, data: Path | None) -> tuple[str, ...]:
         """The files of a role, in the folder of the phantom data where these are made."""
-        files = [name.rpartition("=")[2] for name in self.names(role)]
+        files = [file_of(role, entry) for entry in self.names(role)]
         return tuple(str(data / file) if data else file for file in files)
 
     def content(self, role: str) -> list[list[str]]:
         """The files of a role with what they hold, for specs; phantom files are known by their
         cell."""
         names = self.names(role)
-        marks = ["" if self.phantoms else fingerprint(n.rpartition("=")[2]) for n in names]
+        marks = ["" if self.phantoms else fingerprint(file_of(role, name)) for name in names]
         return [[name, mark] for name, mark in zip(names, marks, strict=True)]
 
     def images(self, data: Path | None) -> str:
@@ -250,6 +250,11 @@ class Study:
 
         name = f"answers{mark}{kind}-{model.name}"
         return Cell(name, spec, (model, *self.data(seed)), make)
+
+
+def file_of(role: str, entry: str) -> str:
+    """The file that an entry of a role names."""
+    return entry.partition("=")[2] if role in NAMED else entry
 
 
 def split_tests(folder: Path) -> None:
