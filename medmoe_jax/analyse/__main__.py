@@ -150,7 +150,7 @@ class Analysis:
             self.written.append(plots.deletion(report, self.out / "faithfulness.png"))
 
     def finish(self, settings: dict[str, Any]) -> None:
-        """Prints, and writes JSON and Markdown."""
+        """Writes JSON and Markdown, and prints."""
         if self.problems:
             self.figures["left_out"] = [dataclasses.asdict(one) for one in self.problems]
             lines = [f"* {one}" for one in self.problems[:SHOWN]]
@@ -158,17 +158,17 @@ class Analysis:
             lines += [f"* and {rest} more, see analysis.json"] if rest else []
             self.parts.append("\n".join([f"{len(self.problems)} rows were left out:", *lines]))
         shown = "\n".join(self.parts)
+        if self.out:
+            self.out.mkdir(parents=True, exist_ok=True)
+            content = json.dumps(
+                {"settings": settings} | self.figures, indent=1, ensure_ascii=False, allow_nan=False
+            )
+            for name, whole in (("analysis.json", content + "\n"), ("analysis.md", shown)):
+                self.written.append(self.out / name)
+                self.written[-1].write_text(whole, encoding="utf-8")
         print(shown)
-        if not self.out:
-            return
-        self.out.mkdir(parents=True, exist_ok=True)
-        content = json.dumps(
-            {"settings": settings} | self.figures, indent=1, ensure_ascii=False, allow_nan=False
-        )
-        for name, whole in (("analysis.json", content + "\n"), ("analysis.md", shown)):
-            self.written.append(self.out / name)
-            self.written[-1].write_text(whole, encoding="utf-8")
-        print(f"Written: {', '.join(map(str, self.written))}")
+        if self.written:
+            print(f"Written: {', '.join(map(str, self.written))}")
 
 
 def check(args: argparse.Namespace) -> None:
