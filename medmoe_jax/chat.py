@@ -23,13 +23,12 @@ from typing import Any, TextIO
 
 from medmoe_jax import model as loaded
 from medmoe_jax.config import natural
-from medmoe_jax.conversation import Chat
+from medmoe_jax.conversation import NOTICE, Chat
 from medmoe_jax.data.medical import flags
 from medmoe_jax.data.problems import DataError, check_text
 from medmoe_jax.model import Model, Reply
 from medmoe_jax.sampling import Sampling
 
-NOTICE = "For research only: not for clinical use. The answers can be wrong."
 HELP = "a question, or /image FILE, /reset, /save FILE, /help, /quit"
 
 

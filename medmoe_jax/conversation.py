@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -20,6 +20,39 @@ from medmoe_jax.responder import (
     tagged,
 )
 from medmoe_jax.sampling import Sampling
+
+NOTICE = "For research only: not for clinical use. The answers can be wrong."
+
+
+@dataclass
+class Pieces:
+    """Cuts a growing answer into pieces that, joined, are the whole text.
+
+    A piece never ends within a character, nor with the beginning of a stop text.
+
+    Attributes:
+      stop: texts at which the answer ends.
+      said: in earlier pieces.
+    """
+
+    stop: Sequence[str]
+    said: str = ""
+
+    def more(self, text: str, whole: bool = False) -> str:
+        """The next piece, often "", of the text so far; `whole`: it does not grow any more."""
+        sure = text if whole else self._held_back(text)
+        piece = sure[len(self.said) :]
+        self.said += piece
+        return piece
+
+    def _held_back(self, text: str) -> str:
+        """The part of a growing answer that cannot change any more."""
+        text = text.rstrip(UNFINISHED)
+        for stop in self.stop:
+            overlap = max(n for n in range(len(stop)) if text.endswith(stop[:n]))
+            text = text[: len(text) - overlap]
+        # White space at the end is cut off if the answer ends here.
+        return text.rstrip()
 
 
 @dataclass
@@ -60,29 +93,14 @@ class Chat:
         return self.reply
 
     def stream(self, question: str, pictures: Pictures = None) -> Generator[str, None, None]:
-        """The same, piece by piece; the pieces joined are `reply.text`.
-
-        A piece never ends within a character, nor with the beginning of a stop text. Closed early,
-        the turn is what was said until then.
-        """
-        said = ""
+        """The same in `Pieces`. Closed early, the turn is what was said until then."""
+        pieces = Pieces(self.sampling.stop)
         for text in self._answers(question, pictures, 1):
-            whole = self._held_back(text)
-            if len(whole) > len(said):
-                yield whole[len(said) :]
-                said = whole
+            if piece := pieces.more(text):
+                yield piece
         assert self.reply is not None
-        if len(self.reply.text) > len(said):
-            yield self.reply.text[len(said) :]
-
-    def _held_back(self, text: str) -> str:
-        """The part of a growing answer that cannot change any more."""
-        text = text.rstrip(UNFINISHED)
-        for stop in self.sampling.stop:
-            overlap = max(n for n in range(len(stop)) if text.endswith(stop[:n]))
-            text = text[: len(text) - overlap]
-        # White space at the end is cut off if the answer ends here.
-        return text.rstrip()
+        if piece := pieces.more(self.reply.text, whole=True):
+            yield piece
 
     def _answers(self, question: str, pictures: Pictures, every: int) -> Iterator[str]:
         """Texts of the answer as it grows; the turn is written down at the end, also where the

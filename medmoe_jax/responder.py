@@ -66,10 +66,12 @@ class Request:
 
     Attributes:
       question: without <image>.
-      pictures: uint8[K, H, W, 3], shown before the question; K may be 0.
+      pictures: uint8[K, H, W, 3] of the whole conversation; K may be 0.
       options: answers to score.
       seed: of the row's draws.
       tagged: modalities that the files say they have (`tagged`).
+      earlier: what was said before: question, answer, ..., answer.
+      shown: how many of the pictures come before each question; () = all before the first.
     """
 
     question: str
@@ -77,6 +79,8 @@ class Request:
     options: tuple[str, ...] = ()
     seed: int = 0
     tagged: tuple[str, ...] = ()
+    earlier: tuple[str, ...] = ()
+    shown: tuple[int, ...] = ()
 
 
 def tagged(pictures: Pictures) -> tuple[str, ...]:
@@ -168,6 +172,18 @@ class Responder:
     ) -> list[Reply]:
         """Replies to one batch, in its order. A batch of fewer than `rows` is filled up, so that it
         needs no program of its own."""
+        *_, replies = self.growing(requests, sampling, rows)
+        return replies
+
+    def growing(
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling | None = None,
+        rows: int = 0,
+        every: int = 0,
+    ) -> Iterator[list[Reply]]:
+        """The replies of `answer` as they grow, looked at after every `every` ids (0: as seldom as
+        is sensible); the last ones are whole. Beam search shows these alone."""
         how = self.with_stop(sampling or Sampling())
         seeds = [r.seed for r in requests]
         state, posterior = self.read(requests, min(EVERY, how.max_new_tokens), how, rows)
@@ -175,27 +191,30 @@ class Responder:
         scored = any(r.options for r in requests)
         options = self._score_options(requests, state) if scored else None
         left = self.left(state)[: len(requests)]
+
+        def complete(replies: Sequence[Reply]) -> list[Reply]:
+            return [
+                self._complete(reply, request, row, posterior, options)
+                for row, (reply, request) in enumerate(zip(replies, requests, strict=True))
+            ]
+
         if how.beams > 1:
             end = self.tokenizer.eos_token_id
             with self.on_devices():
                 best = beam.search(self.params, self.config, state, end, how, self.dtype)
-            done = [
-                self._reply(ids[:n], log_probs[:n], how)
-                for (ids, log_probs), n in zip(best, left, strict=False)
-            ]
-        else:
-            done = []
-            for _, found in self.running(state, how, seeds, EVERY_STOP if how.stop else EVERY):
-                done = self.replies(found, left, how)
-                if all(
-                    reply.finished or len(reply.ids) == n
-                    for reply, n in zip(done, left, strict=True)
-                ):
-                    break
-        return [
-            self._complete(reply, request, row, posterior, options)
-            for row, (reply, request) in enumerate(zip(done, requests, strict=True))
-        ]
+            yield complete(
+                [
+                    self._reply(ids[:n], log_probs[:n], how)
+                    for (ids, log_probs), n in zip(best, left, strict=False)
+                ]
+            )
+            return
+        every = every or (EVERY_STOP if how.stop else EVERY)
+        for _, found in self.running(state, how, seeds, every):
+            replies = self.replies(found, left, how)
+            yield complete(replies)
+            if all(r.finished or len(r.ids) == n for r, n in zip(replies, left, strict=True)):
+                return
 
     def _complete(
         self, reply: Reply, request: Request, row: int, posterior: Any, options: Any
@@ -227,9 +246,10 @@ class Responder:
         rendered = [self._prompt(request) for request in requests]
         return self.batch(rendered, [request.pictures for request in requests], rows)
 
-    def check_request(self, request: Request) -> None:
-        """Raises DataError where a prompt does not fit the model, or its options are none."""
-        self._prompt(request)
+    def check_request(self, request: Request) -> int:
+        """Number of tokens of a prompt, images included. Raises DataError where it does not fit the
+        model, or its options are none."""
+        return len(self._prompt(request).tokens)
 
     def _prompt(self, request: Request) -> merge.Merged:
         """A prompt in merged coordinates."""
@@ -238,7 +258,8 @@ class Responder:
                 raise DataError(f"the option {option!r} is no text that could be an answer")
             if option in request.options[:place]:
                 raise DataError(f"the option {option!r} is given twice")
-        text = templates.prompt(self.template, request.question, len(request.pictures))
+        said = [*request.earlier, request.question]
+        text = templates.prompt(self.template, said, request.shown or len(request.pictures))
         ids = tokens.encode_prompt(text, self.tokenizer)
         row = merge.expand(ids, None, self.config.vision.patches)
         self.check_length(len(row.tokens))

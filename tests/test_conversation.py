@@ -10,7 +10,7 @@ import tiny_service
 
 import medmoe_jax
 from medmoe_jax.config import MoeConfig
-from medmoe_jax.conversation import Chat
+from medmoe_jax.conversation import Chat, Pieces
 from medmoe_jax.data import merge, templates, tokens
 from medmoe_jax.data.problems import DataError
 from medmoe_jax.model import Model
@@ -159,19 +159,18 @@ def test_pieces_are_whole_characters(model: Model, text: str, stop: Any) -> None
     """Byte by byte: no piece holds half a character or part of a stop text, none is taken back."""
     fake = Model({}, model.config, Letters(), model.spec, "phi", model.dtype)
     chat = Chat(fake, Sampling(stop=stop))
+    pieces = Pieces(chat.sampling.stop)
     ids, said, reply = [*text.encode(), 0], "", None
     for n in range(1, len(ids) + 1):
         reply = fake._reply(ids[:n], [0.0] * n, chat.sampling)
-        held = chat._held_back(reply.text)
-        if not reply.finished:
-            assert held.startswith(said) and "\ufffd" not in held
-            said = held
-        else:
+        if reply.finished:
             break
+        said += (piece := pieces.more(reply.text))
+        assert pieces.said == said and reply.text.startswith(said) and "\ufffd" not in piece
     assert reply is not None and reply.finished
     places = [text.find(s) for s in stop if s in text]
     assert reply.text == text[: min(places)].strip() if places else text.strip()
-    assert reply.text.startswith(said)
+    assert said + pieces.more(reply.text, whole=True) == reply.text
 
 
 def test_a_listener_who_leaves(model: Model, pictures: list[np.ndarray]) -> None:

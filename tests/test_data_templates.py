@@ -77,6 +77,10 @@ def test_prompt_with_several_images_and_turns() -> None:
         "USER: <image>\n<image>\nWhich is worse? ASSISTANT: The second.<|endoftext|>"
         "USER: Why? ASSISTANT:"
     )
+    made = templates.prompt("phi", ["A?", "<image>b", "C?"], (0, 2))
+    assert made == SYSTEM + (
+        "USER: A? ASSISTANT: b<|endoftext|>USER: <image>\n<image>\nC? ASSISTANT:"
+    )
 
 
 def test_wrong_use_is_told() -> None:

@@ -160,9 +160,9 @@ def load_image(path: str | Path, spec: ImageSpec) -> np.ndarray:
     return _fitted(open_image(path, spec.view), Path(path).name, spec)
 
 
-def load_encoded(content: bytes, name: str, spec: ImageSpec) -> np.ndarray:
-    """Like `load_image`, for the content of a file of one of FORMATS."""
-    return _fitted(decode(content, name), name, spec)
+def load_encoded(content: bytes, name: str, spec: ImageSpec, most: int = MAX_PIXELS) -> np.ndarray:
+    """Like `load_image`, for the content of a file of one of FORMATS with `most` pixels."""
+    return _fitted(decode(content, name, most), name, spec)
 
 
 def _fitted(image: Image.Image, name: str, spec: ImageSpec) -> np.ndarray:
@@ -196,13 +196,14 @@ def open_image(path: str | Path, view: ViewConfig | None = None) -> Image.Image:
     return decode(content, path.name)
 
 
-def decode(content: bytes, name: str) -> Image.Image:
-    """The picture in the content of a file of one of FORMATS; otherwise as `open_image`."""
+def decode(content: bytes, name: str, most: int = MAX_PIXELS) -> Image.Image:
+    """The picture in the content of a file of one of FORMATS with `most` pixels; otherwise as
+    `open_image`."""
     try:
         with Image.open(BytesIO(content), formats=FORMATS) as image:
             image.verify()  # checksums of PNG files, which decoding alone does not look at
         with Image.open(BytesIO(content), formats=FORMATS) as image:  # the first one is used up
-            check_pixels(image.width, image.height, name)
+            check_pixels(image.width, image.height, name, most)
             return to_rgb(image)
     except DataError:
         raise

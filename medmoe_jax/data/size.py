@@ -7,10 +7,9 @@ from medmoe_jax.data.problems import DataError
 MAX_PIXELS = 89_478_485  # of a file; Pillow's own bound for a decompression bomb
 
 
-def check_pixels(width: int, height: int, name: str) -> None:
-    """Raises DataError where a picture has more than MAX_PIXELS pixels."""
-    if width * height > MAX_PIXELS:
+def check_pixels(width: int, height: int, name: str, most: int = MAX_PIXELS) -> None:
+    """Raises DataError where a picture has more than `most` pixels."""
+    if width * height > most:
         raise DataError(
-            f"image {name!r} has {width} x {height} pixels; {MAX_PIXELS} are allowed, make it "
-            "smaller"
+            f"image {name!r} has {width} x {height} pixels; {most} are allowed, make it smaller"
         )

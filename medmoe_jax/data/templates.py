@@ -92,14 +92,14 @@ def _render_plain(turns: Sequence[Turn]) -> list[Span]:
     return [Span(IMAGE_TOKEN, False), answer("plain", turns[1][1])]
 
 
-def prompt(template: str, messages: str | Sequence[str], images: int = 1) -> str:
+def prompt(template: str, messages: str | Sequence[str], images: int | Sequence[int] = 1) -> str:
     """Text that asks for the next answer.
 
     Args:
       template: one of TEMPLATES.
-      messages: a question, or question, answer, question, ... ending with a question. <image> and
-        outer white space are removed from the questions.
-      images: how many images come before the first question.
+      messages: a question, or question, answer, question, ... ending with a question. <image> is
+        removed from all of them, outer white space from the questions.
+      images: how many images come before the first question, or before each.
 
     Returns:
       '... USER: <image>\\nquestion ASSISTANT:', no space at the end; only the images with 'plain'.
@@ -113,10 +113,13 @@ def prompt(template: str, messages: str | Sequence[str], images: int = 1) -> str
     messages = [messages] if isinstance(messages, str) else list(messages)
     if len(messages) % 2 == 0:
         raise DataError(f"{len(messages)} messages; a prompt is question, answer, ..., question")
+    counts = [images] if isinstance(images, int) else images
     if template == "plain":
-        return IMAGE_TOKEN * images
-    messages[::2] = [text.replace(IMAGE_TOKEN, "").strip() for text in messages[::2]]
-    messages[0] = f"{IMAGE_TOKEN}\n" * images + messages[0]
+        return IMAGE_TOKEN * sum(counts)
+    messages = [text.replace(IMAGE_TOKEN, "") for text in messages]
+    messages[::2] = [text.strip() for text in messages[::2]]
+    for place, count in enumerate(counts):
+        messages[2 * place] = f"{IMAGE_TOKEN}\n" * count + messages[2 * place]
     turns = [((HUMAN, GPT)[place % 2], text) for place, text in enumerate(messages)]
     return "".join(span.text for span in render(template, turns)) + "ASSISTANT:"
 
