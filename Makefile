@@ -14,7 +14,7 @@ WORKDIR ?= runs/demo_$(LLM)
 PACKAGES := absl chex flax grain jax ml_collections numpy optax orbax.checkpoint PIL safetensors \
   tensorboardX tensorflow_datasets tqdm transformers torch peft pytest xdist ruff pyright nltk \
   sacrebleu sklearn scipy matplotlib nibabel pydicom pylibjpeg zensical mkdocstrings markdown_it \
-  ipykernel jupytext nbclient
+  ipykernel jupytext nbclient pydantic starlette uvicorn
 COMPLETE := $(shell $(PYTHON) -c 'import importlib.util as u, sys; \
   sys.exit(not all(u.find_spec(n) for n in "$(PACKAGES)".split()))' >/dev/null 2>&1 && echo yes)
 
