@@ -194,6 +194,16 @@ def test_readme_and_licence_say_synthetic(folder: Path):
     assert "synthetic" in (folder / "licence.txt").read_text()
 
 
+def test_rows_about_other_images_do_not_stay(tmp_path: Path):
+    """Where a folder is written again with another seed, or less of it."""
+    phantom.write(tmp_path, seed=1, train=8, test=8, size=56, signs=True)
+    counts = phantom.write(tmp_path, seed=2, train=8, test=8, size=56)
+    assert not list(tmp_path.glob("signs_*")) and not list(tmp_path.glob("classify_more_*"))
+    assert {file.name for file in tmp_path.glob("*.json")} - {"summary.json"} == {
+        name for name in counts if name.endswith(".json")
+    }
+
+
 def test_wrong_requests_say_what_is_wrong(tmp_path: Path):
     with pytest.raises(ValueError, match="split 'valid' is unknown; use one of train, test"):
         random_state(0, "valid", 0)

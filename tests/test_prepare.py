@@ -198,6 +198,17 @@ def test_mended_pictures_are_taken_anew(tmp_path: Path) -> None:
         np.testing.assert_array_equal(images.open_image(out / "images" / "v.nii.png"), shown)
 
 
+def test_pictures_that_training_would_refuse(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Are told here: this one has pixels that are no numbers."""
+    source = tmp_path / "s"
+    mini.put(source / "a.csv", b"image,question,answer\na.tif,Q?,yes\n")
+    Image.fromarray(np.full((20, 20), np.nan, np.float32)).save(source / "a.tif")
+    assert prepare("custom", source, tmp_path / "out") == 1
+    assert "not finite numbers" in capsys.readouterr().err
+
+
 def test_two_pictures_of_one_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tmp_path / "s"
     mini.put(source / "a.csv", b"image,question,answer\na.jpg,Q?,yes\na.jpg.png,Q?,no\n")

@@ -155,7 +155,7 @@ def _report(
         if any(key is None for key in keys):
             continue  # an unusable image: a finding of its own
         shown = tuple(group.of(key) for key in keys if key is not None)
-        about = Row(sample, row.split, row.folder).words
+        about = row.words
         earlier = asked.setdefault((shown, about[0] if shown else about), row)
         same = names.index(earlier.split) < split
         if same:

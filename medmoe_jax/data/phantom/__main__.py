@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
                 workers=options.workers,
                 signs=options.signs,
             )
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             parser.error(str(error))
         seconds = time.perf_counter() - start
         for name, rows in counts.items():

@@ -100,8 +100,8 @@ def write(
     workers: int = 1,
     signs: bool = False,
 ) -> dict[str, int]:
-    """Writes a whole data set into the folder `out` (made if absent; files of the same names are
-    replaced).
+    """Writes a whole data set into the folder `out` (made if absent; what an earlier call wrote
+    there is replaced, and its rows are removed first, as they would be about other images).
 
     Args:
       out: folder.
@@ -124,6 +124,8 @@ def write(
     check(train, test, size)
     out = Path(out)
     (out / "images").mkdir(parents=True, exist_ok=True)
+    for name in CONTENTS.keys() - {"images"}:
+        (out / name).unlink(missing_ok=True)
     folder = str(out / "images")
     tasks = [
         (folder, seed, split, start, min(start + CHUNK, number), size)

@@ -93,7 +93,7 @@ class Store:
             with self._lock:
                 self.kept += 1
             return name
-        check(picture.name, data)
+        images.decode(data, picture.name)  # broken, truncated or absurdly large: told now
         self._put(path, data)
         return name
 
@@ -134,25 +134,3 @@ def _missing_suffix(name: str, data: bytes) -> str:
     except Exception as error:  # Pillow's plugins raise errors of many kinds on broken files
         raise DataError(f"image {name!r} is no image that can be read: {error}") from error
     return "" if PurePosixPath(name).suffix.lower() in known else known[0]
-
-
-def check(name: str, data: bytes) -> None:
-    """Decodes an image.
-
-    Raises:
-      DataError: broken, truncated or absurdly large.
-    """
-    try:
-        with Image.open(io.BytesIO(data), formats=images.FORMATS) as image:
-            if image.width * image.height > images.MAX_PIXELS:
-                raise DataError(
-                    f"image {name!r} has {image.width} x {image.height} pixels; "
-                    f"{images.MAX_PIXELS} are allowed, make it smaller"
-                )
-            image.verify()  # checksums, which decoding alone does not look at
-        with Image.open(io.BytesIO(data), formats=images.FORMATS) as image:
-            image.load()
-    except DataError:
-        raise
-    except Exception as error:  # as above
-        raise DataError(f"image {name!r} cannot be read: {error}") from error
