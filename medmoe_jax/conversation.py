@@ -106,10 +106,10 @@ class Chat:
         """Texts of the answer as it grows; the turn is written down at the end, also where the
         caller stops listening."""
         model, how = self.model, self.sampling
-        shown = model.pixels(pictures)
-        if len(shown):
-            self._tagged = tagged(pictures)
+        shown, tags = model.pixels(pictures), tagged(pictures)
         state = self._read(question, shown)
+        if len(shown):
+            self._tagged = tags
         start, left, reply = int(state.end), model.left(state), None
         used = None if state.used is None else np.array(state.used)
         pairs = model.running(state, how, [len(self.turns)], every)

@@ -37,7 +37,9 @@ class MetricWriter:
         read = [(line, json.loads(line)) for line in whole]
         kept = [(line, values) for line, values in read if values["step"] <= first_step]
         self.kept: list[dict[str, Any]] = [values for _, values in kept]
-        path.write_text("".join(f"{line}\n" for line, _ in kept))
+        rest = path.with_suffix(".partial")
+        rest.write_text("".join(f"{line}\n" for line, _ in kept))
+        rest.replace(path)  # a run that is killed here has lost none of them
         self._file = path.open("a", buffering=1)
         self._board = None
         if tensorboard:

@@ -21,6 +21,7 @@ from medmoe_jax.data.check import load_samples
 from medmoe_jax.data.images import ImageSpec, load_image, open_image
 from medmoe_jax.data.prepare.pictures import Store
 from medmoe_jax.data.prepare.types import Picture
+from medmoe_jax.data.problems import DataError
 from medmoe_jax.responder import mismatch
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -66,6 +67,10 @@ def test_a_mismatch_is_a_warning(root: Path, model: medmoe_jax.Model) -> None:
     for _ in range(2):  # the image stays that of the next question
         assert chat.ask("What?", files[4]).warnings == replies[4].warnings
         files[4] = None
+    # A question that was refused has shown nothing.
+    with pytest.raises(DataError, match="positions"):
+        chat.ask("What? " * 2000, files[5])
+    assert chat.ask("What?").warnings == replies[4].warnings
     chat.reset()
     assert chat.ask("What?").warnings == ()
 

@@ -22,7 +22,7 @@ from tiny_runs import phase
 from medmoe_jax import checkpoint, train
 from medmoe_jax.config import ConfigError, MoeConfig
 from medmoe_jax.data.problems import DataError
-from medmoe_jax.report import NotFinite
+from medmoe_jax.report import MetricWriter, NotFinite
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 ROOT = Path(__file__).resolve().parents[1]
@@ -189,6 +189,24 @@ def test_killed_run_gives_the_same_losses(tmp_path: Path, questions: Path):
     first, second = flat(tmp_path / "whole" / "model"), flat(tmp_path / "killed" / "model")
     for path, value in first.items():
         np.testing.assert_array_equal(second[path], value)
+
+
+def test_metrics_of_lost_steps_are_dropped_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    file = tmp_path / "metrics.jsonl"
+    before = "".join(f'{{"step": {n}}}\n' for n in range(1, 6)) + '{"step": 6, "lo'
+    file.write_text(before)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", killed)
+        MetricWriter(tmp_path, 3, tensorboard=False)
+    assert file.read_text() == before
+    MetricWriter(tmp_path, 3, tensorboard=False).close()
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 3]
 
 
 def test_faults_of_the_user_are_named(
