@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -288,6 +289,30 @@ def test_numbers_too_large_for_float16(tmp_path: Path) -> None:
     to_jax(tmp_path / "src", tmp_path / "jax")
     with pytest.raises(ConversionError, match=r"model\.layers\.3\.mlp\.fc1\.bias.*--dtype"):
         to_torch(tmp_path / "jax", tmp_path / "out", dtype="float16")
+    to_torch(tmp_path / "jax", tmp_path / "out", dtype="bfloat16")  # nothing is in its way
+
+
+def test_what_was_stopped_can_be_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders.write_official(tmp_path / "src", folders.Spec())
+    words = ["to-jax", str(tmp_path / "src"), str(tmp_path / "jax")]
+    for stop in (KeyboardInterrupt(), OSError(28, "No space left on device")):
+
+        def fail(folder: Path, *_: Any, stop: BaseException = stop) -> None:
+            (folder / "params").mkdir()
+            raise stop
+
+        with monkeypatch.context() as patched:
+            patched.setattr(sys.modules["medmoe_jax.convert.to_jax"], "save_model", fail)
+            if isinstance(stop, OSError):
+                assert main(words) == 1
+                assert "error: [Errno 28] No space left" in capsys.readouterr().err
+            else:
+                with pytest.raises(KeyboardInterrupt):
+                    main(words)
+        assert not (tmp_path / "jax").exists()
+    assert main(words) == 0
 
 
 def test_destination_is_not_overwritten(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             report = peft.from_peft(args.src, args.dst, args.base)
         else:
             report = to_torch(args.src, args.dst, layout=args.layout, dtype=args.dtype)
-    except (ConversionError, CheckpointError, ConfigError) as error:
+    except (ConversionError, CheckpointError, ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(report.text())

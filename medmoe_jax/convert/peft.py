@@ -19,7 +19,7 @@ from medmoe_jax.checkpoint import Delta, open_model, read_json, read_meta, read_
 from medmoe_jax.config import LoraConfig, ModelConfig
 from medmoe_jax.convert.report import ConversionError, Report, raise_all
 from medmoe_jax.convert.table import Row, table
-from medmoe_jax.convert.to_jax import check_empty, nest
+from medmoe_jax.convert.to_jax import check_empty, nest, whole_or_nothing
 from medmoe_jax.convert.to_torch import flatten
 from medmoe_jax.convert.torch_files import Weights
 from medmoe_jax.convert.torch_output import NewTensor, write_safetensors
@@ -79,9 +79,10 @@ def to_peft(src: str | Path, dst: str | Path) -> Report:
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    dst.mkdir(parents=True, exist_ok=True)
-    write_safetensors(dst / WEIGHTS[0], tensors)
-    (dst / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    with whole_or_nothing(dst):
+        dst.mkdir(parents=True, exist_ok=True)
+        write_safetensors(dst / WEIGHTS[0], tensors)
+        (dst / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     report = Report(f"to-peft {src} -> {dst}", stage=meta.stage, converted=len(tensors))
     report.parameters = {"adapters": sum(math.prod(tensor.shape) for tensor in tensors)}
     if "router" in params:
@@ -124,7 +125,8 @@ def from_peft(src: str | Path, dst: str | Path, base: str | Path) -> Report:
     delta = Delta(str(base.absolute()), known, "paper", chosen)
     line = f"LoRA of rank {settings.rank} from the peft folder {src.name}"
     new = dataclasses.replace(meta, history=[*meta.history, line], delta=delta)
-    save_model(dst, nest(leaves), new, assets_from=base)
+    with whole_or_nothing(dst):
+        save_model(dst, nest(leaves), new, assets_from=base)
     report = Report(f"from-peft {src} -> {dst}", stage=meta.stage, converted=len(weights.infos))
     report.parameters = {"adapters": sum(leaf.size for leaf in leaves.values())}
     if empty:

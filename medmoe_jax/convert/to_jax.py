@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +78,6 @@ def to_jax(
     report.converted = sum(len(found) for found in plan.pieces.values())
     report.stage = _describe(plan)
     report.parameters = count_parameters(plan.rows)
-    _copy_assets(sources, dst, plan.model.vision, report)
     meta = ModelMeta(
         stage=plan.stage,
         model=plan.model,
@@ -85,7 +86,9 @@ def to_jax(
         clip_config=sources.vision.config if sources.vision else None,
         history=[f"converted from PyTorch: {src.name}, {report.stage}"],
     )
-    save_model(dst, nest(params), meta)
+    with whole_or_nothing(dst):
+        _copy_assets(sources, dst, plan.model.vision, report)
+        save_model(dst, nest(params), meta)
     return report
 
 
@@ -95,6 +98,17 @@ def check_empty(dst: Path) -> None:
         raise ConversionError(
             f"{dst}: exists already; give another destination, or remove it first"
         )
+
+
+@contextmanager
+def whole_or_nothing(dst: Path) -> Iterator[None]:
+    """Removes a destination, empty before, where writing it fails or is stopped: the same command
+    then begins anew."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(dst, ignore_errors=True)
+        raise
 
 
 def nest(flat: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from medmoe_jax.convert.table import (
     router_table,
     table,
 )
-from medmoe_jax.convert.to_jax import check_empty
+from medmoe_jax.convert.to_jax import check_empty, whole_or_nothing
 from medmoe_jax.convert.torch_files import FLOATS, import_torch, numpy_dtype
 from medmoe_jax.convert.torch_output import (
     NewTensor,
@@ -94,22 +94,25 @@ def to_torch(
         projector = []  # it is among the weights; a stage-1 folder has it as a file too
     if projector or router:
         import_torch("write mm_projector.bin or router.pth")
-    dst.mkdir(parents=True, exist_ok=True)
-    if projector:
-        write_pickle(dst / PROJECTOR_FILE, [export.tensor(row, row.key) for row in projector])
-    if router:
-        write_pickle(dst / "router.pth", [export.tensor(r, r.key, "float32") for r in router])
-        report.notes.append("router.pth: the router on its own, as the official stage 3 reads it")
-    if "vision" in parts:
-        clip = dst / "clip" if "llm" in parts else dst
-        _write_clip(clip, src, export, [row for row in rows if row.path.startswith("vision/")])
-    if layout == "official":
-        _write_official(dst, export, rows, shard_bytes, report)
-    elif "llm" in parts:
-        llm = [row for row in rows if row.path.startswith("llm/")]
-        _write_plain(dst, export, llm, shard_bytes, report)
-    if "llm" in parts and (src / "tokenizer").is_dir():
-        shutil.copytree(src / "tokenizer", dst, dirs_exist_ok=True)
+    with whole_or_nothing(dst):
+        dst.mkdir(parents=True, exist_ok=True)
+        if projector:
+            write_pickle(dst / PROJECTOR_FILE, [export.tensor(row, row.key) for row in projector])
+        if router:
+            write_pickle(dst / "router.pth", [export.tensor(r, r.key, "float32") for r in router])
+            report.notes.append(
+                "router.pth: the router on its own, as the official stage 3 reads it"
+            )
+        if "vision" in parts:
+            clip = dst / "clip" if "llm" in parts else dst
+            _write_clip(clip, src, export, [row for row in rows if row.path.startswith("vision/")])
+        if layout == "official":
+            _write_official(dst, export, rows, shard_bytes, report)
+        elif "llm" in parts:
+            llm = [row for row in rows if row.path.startswith("llm/")]
+            _write_plain(dst, export, llm, shard_bytes, report)
+        if "llm" in parts and (src / "tokenizer").is_dir():
+            shutil.copytree(src / "tokenizer", dst, dirs_exist_ok=True)
     return report
 
 
