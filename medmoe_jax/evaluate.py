@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,17 @@ def _controls(given: list[str]) -> dict[str, Path]:
     return found
 
 
+def _check_names(written: Sequence[Path], read_: Sequence[Path]) -> None:
+    """Raises DataError where a file to write is one that is read, or is named twice."""
+    places = [path.resolve() for path in written]
+    for path, place in zip(written, places, strict=True):
+        if place in {other.resolve() for other in read_} or places.count(place) > 1:
+            raise DataError(
+                f"{path} would be written over questions, answers or another file of the report; "
+                "choose another --out or --wrong"
+            )
+
+
 def _write(path: Path, content: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content, encoding="utf-8")
@@ -130,13 +142,19 @@ def main() -> None:
     args = parser.parse_args()
     if args.out and args.out.suffix == ".md":
         parser.error("--out is the JSON file; the Markdown is written beside it")
+    beside: Path | None = args.out and args.out.with_suffix(".wrong.json")
+    errors: Path | None = args.wrong or beside
+    names: list[Path] = [args.out, args.out.with_suffix(".md")] if args.out else []
+    names += [errors] if errors else []
     try:
+        controls = _controls(args.control)
+        _check_names(names, [args.gt, args.pred, *controls.values(), *(args.calibrate_on or ())])
         found = evaluate(
             args.gt,
             args.pred,
             metric=args.metric,
             pairing=args.pair,
-            controls=_controls(args.control),
+            controls=controls,
             calibrate_on=args.calibrate_on and tuple(args.calibrate_on),
             abstain_below=args.abstain_below,
             samples=args.bootstrap,
@@ -144,13 +162,11 @@ def main() -> None:
         )
         wrong = found.pop("wrong")
         shown = text.markdown(found)
-        files = []
         if args.out:
-            files += [(args.out, _dump(found)), (args.out.with_suffix(".md"), shown)]
-        if args.out or args.wrong:
-            files.append((args.wrong or args.out.with_suffix(".wrong.json"), _dump(wrong)))
-        for path, content in files:
-            _write(path, content)
+            _write(args.out, _dump(found))
+            _write(args.out.with_suffix(".md"), shown)
+        if errors:
+            _write(errors, _dump(wrong))
         print(shown)
         drawn = (
             plots.draw(found["confidence"], args.plots)
@@ -161,8 +177,8 @@ def main() -> None:
         sys.exit(f"error: {error}")
     if args.plots and not drawn:
         print("No pictures: no answer has a confidence.")
-    if files or drawn:
-        print(f"Written: {', '.join(map(str, [*(path for path, _ in files), *drawn]))}")
+    if names or drawn:
+        print(f"Written: {', '.join(map(str, [*names, *drawn]))}")
 
 
 if __name__ == "__main__":

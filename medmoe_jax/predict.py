@@ -206,6 +206,8 @@ def predict(args: argparse.Namespace) -> int:
     compilation.keep(args.compilation_cache)
     if args.batch_size < 1:
         raise ConfigError(f"--batch-size is {args.batch_size}; it must be 1 or more")
+    if args.answers_file.resolve() == args.question_file.resolve():
+        raise ConfigError(f"--answers-file {args.answers_file} is the file of the questions")
     asked = questions.read_questions(args.question_file)
     if args.images == "shuffled":
         asked = questions.exchanged(asked, args.seed)

@@ -369,3 +369,18 @@ def test_a_pipe_that_closes_loses_no_file(
         run(monkeypatch, *files, "--pair", "order", "--bootstrap", 0, "--out", tmp_path / "m.json")
     assert json.loads((tmp_path / "m.json").read_text())["n"]
     assert (tmp_path / "m.md").read_text().startswith("# Evaluation")
+
+
+def test_what_is_read_is_not_written_over(
+    golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gt, pred = tmp_path / "gt.json", tmp_path / "pred.jsonl"
+    gt.write_bytes((golden / "gt.json").read_bytes())
+    pred.write_bytes((golden / "pred.jsonl").read_bytes())
+    out = tmp_path / "m.json"
+    for more in (("--out", gt), ("--out", out, "--wrong", tmp_path / "x" / ".." / "pred.jsonl")):
+        with pytest.raises(SystemExit, match="would be written over"):
+            run(monkeypatch, "--gt", gt, "--pred", pred, "--pair", "order", *more)
+    with pytest.raises(SystemExit, match="would be written over"):
+        run(monkeypatch, "--gt", gt, "--pred", pred, "--out", out, "--wrong", out)
+    assert gt.read_bytes() == (golden / "gt.json").read_bytes() and not out.exists()

@@ -330,6 +330,14 @@ def test_a_place_that_cannot_be_written_is_told_first(root: Path, tmp_path: Path
             ask(root, place)
 
 
+def test_questions_are_not_written_over(root: Path, tmp_path: Path) -> None:
+    asked = tmp_path / "asked.json"
+    asked.write_text(json.dumps([{"id": 1, "text": "Why?"}]))
+    with pytest.raises(ConfigError, match="is the file of the questions"):
+        ask(root, asked, "--question-file", str(asked))
+    assert json.loads(asked.read_text()) and len(list(tmp_path.iterdir())) == 1
+
+
 def test_too_long_a_question_is_a_row(root: Path, once: Any, tmp_path: Path) -> None:
     rows = [{"id": 0, "text": "what " * 3000}, {"id": 1, "text": "Why?"}]
     tiny_data.save_rows(root / "long.json", rows)

@@ -209,6 +209,18 @@ def test_pictures_that_training_would_refuse(
     assert "not finite numbers" in capsys.readouterr().err
 
 
+def test_other_splits_do_not_replace_those_that_are_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = mini.slake(tmp_path / "s"), tmp_path / "out"
+    assert prepare("slake", source, out, "--allow-counts", "--splits", "train,val") == 0
+    before = folder_content(out)
+    assert prepare("slake", source, out, "--allow-counts", "--splits", "test") == 1
+    assert "holds rows of train, val, which --splits test would remove" in capsys.readouterr().err
+    assert folder_content(out) == before
+    assert prepare("slake", source, out, "--allow-counts") == 0
+
+
 def test_two_pictures_of_one_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tmp_path / "s"
     mini.put(source / "a.csv", b"image,question,answer\na.jpg,Q?,yes\na.jpg.png,Q?,no\n")

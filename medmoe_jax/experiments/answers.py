@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,10 @@ def answer(
         )
         found = {q.row: predict.row(q, reply, folder.parent.name, control) for q, reply in stream}
         said = [found[q.row] for q in asked]
+        faults = [row["metadata"]["error"] for row in said if "error" in row["metadata"]]
+        if faults:
+            what = f"{len(faults)} of {len(said)} questions of {name} have no answer and count as"
+            print(f"warning: {what} wrong: {faults[0]}", file=sys.stderr, flush=True)
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in said]
         (out / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
         scores[name] = score(read(file)[: len(asked)], said)

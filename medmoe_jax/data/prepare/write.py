@@ -129,10 +129,16 @@ def write(
       view: of DICOM and NIfTI files, which become PNG.
 
     Raises:
-      DataError: rows cannot be used (on_error='error'; problems.jsonl is written all the same), or
-        none is left.
+      DataError: rows cannot be used (on_error='error'; problems.jsonl is written all the same),
+        none is left, or splits that were written before would be lost.
     """
     result = Result(opened.layout)
+    lost = [s for s in SPLITS if s not in splits and (out / f"{s}.jsonl").exists()]
+    if lost:
+        raise DataError(
+            f"{out} holds rows of {', '.join(lost)}, which --splits {','.join(splits)} would "
+            "remove; take another --out, or prepare all splits at once"
+        )
     names = ["manifest", *SPLITS]
     sample = Sample()
     for name in names:
