@@ -147,6 +147,26 @@ def gathered(value: Any) -> list[Any]:
     return [json.loads(bytes(row[:n])) for row, n in zip(rows, sizes, strict=True)]
 
 
+def check_alike(what: str, values: dict[str, Any]) -> None:
+    """Makes sure that all processes have the same. Each compiles its own program: with another
+    setting it would silently do something else with its part.
+
+    Args:
+      what: the name of it all, for the message.
+      values: name -> anything that JSON can hold, with the same names in every process.
+
+    Raises:
+      ConfigError: some have other values; in all processes.
+    """
+    first, *others = gathered(values)
+    different = [k for k in first if any(other[k] != first[k] for other in others)]
+    if different:
+        raise ConfigError(
+            f"the processes of this run do not have the same {what} (different: "
+            f"{', '.join(different)}); start all of them with one command and the same files"
+        )
+
+
 @contextmanager
 def preemption() -> Iterator[Callable[[int], bool]]:
     """Turns SIGTERM into a question to ask behind every step: is this the last one?

@@ -228,6 +228,9 @@ def write_run_config(cfg: RunConfig, workdir: Path) -> None:
 def train(cfg: RunConfig, workdir: Path) -> None:
     """Runs one phase and writes `workdir/model`."""
     limits.check(cfg)
+    own = ("cluster", "compilation_cache")
+    same = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in own}
+    distributed.check_alike("settings", same)
     check_workdir(cfg, workdir)
     if (workdir / "model" / "config.json").exists():
         say(f"{workdir} is finished: its model is in {workdir / 'model'}")
@@ -254,6 +257,7 @@ def train(cfg: RunConfig, workdir: Path) -> None:
     # --- data ---
     data = load_data(cfg, model)
     stream = data.batches(data.samples, True)
+    distributed.check_alike("data", stream.get_state())
     total = cfg.optim.steps or stream.order.batches(cfg.optim.epochs)
 
     # --- what trains ---

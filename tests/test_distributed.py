@@ -263,6 +263,17 @@ def test_preempted(folder: Path, first: int, second: int) -> None:
     assert_same_run(folder / "alone", workdir)
 
 
+def test_processes_that_differ_do_not_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would train its part with settings, or on data, of its own."""
+    distributed.check_alike("settings", {"lr": 0.5})
+    others = [{"seed": 0, "lr": 0.5}, {"seed": 1, "lr": 0.5}]
+    monkeypatch.setattr(distributed, "gathered", lambda mine: [mine, *others])
+    with pytest.raises(ConfigError, match=r"the same settings \(different: seed\)"):
+        distributed.check_alike("settings", {"seed": 0, "lr": 0.5})
+    with pytest.raises(ConfigError, match=r"the same data \(different: seed, lr\)"):
+        distributed.check_alike("data", {"seed": 0, "lr": 1.0})
+
+
 def test_sigterm_is_a_question() -> None:
     """In one process; afterwards the signal means what it meant before."""
     before = signal.getsignal(signal.SIGTERM)
