@@ -61,6 +61,19 @@ def test_skipped_rows_are_blank_and_counted_once(data: Data) -> None:
     assert "'i3.png' is not in" in batches.problems[0].reason
 
 
+def test_no_usable_row_ends_the_run(data: Data) -> None:
+    """Where all images are broken there is no batch to wait for."""
+    samples, cfg, tokenizer = data
+    for file in Path(cfg.image_folder).iterdir():
+        file.write_bytes(b"broken")
+    shown = [sample for sample in samples if sample.images]
+    cfg = dataclasses.replace(cfg, on_error="skip")
+    batches = build(shown, tokenizer, SPEC, PATCHES, cfg, 2, 5)
+    with pytest.raises(DataError, match=r"(?s)6 of 6 row.*No row is left"):
+        next(batches)
+    batches.close()
+
+
 def test_resumed_run_knows_the_rows_skipped_before(data: Data) -> None:
     """Wherever it was stopped: those before the saved place once, later ones found anew."""
     samples, cfg, tokenizer = data

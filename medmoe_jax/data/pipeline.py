@@ -49,8 +49,10 @@ class Batches:
         order: Order,
         cfg: DataConfig,
         identity: dict[str, int | str],
+        rows: int,
     ):
         self.order = order
+        self._rows = rows
         self._dataset = dataset
         self._cfg = cfg
         self._identity = identity
@@ -67,6 +69,7 @@ class Batches:
 
         Raises:
           DataError: an image cannot be read (on_error='error'); names file, row, id and image.
+            Or no row of all can be used (on_error='skip').
         """
         if self._iterator is None:
             self._iterator = self._start()
@@ -81,6 +84,8 @@ class Batches:
                 return {key: np.array(value) for key, value in batch.items()}
             if batch:
                 return batch
+            if len({(problem.file, problem.row) for problem in self._found}) == self._rows:
+                settle(self.problems, self._cfg.on_error, self._rows)
 
     @property
     def problems(self) -> list[Problem]:
@@ -208,6 +213,7 @@ def build(
         cfg,
         {"seed": seed, "batch_size": batch_size, "batching": order.mode}
         | {"digest": _digest(samples, order)},
+        len({(sample.file, sample.row) for sample in samples}),
     )
 
 
