@@ -14,6 +14,7 @@ to be broken leaves its place empty, so that the stream does not shift.
 from __future__ import annotations
 
 import hashlib
+import signal
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
 CACHE_BYTES = 2 << 30  # decoded images kept in memory, if all of them fit
 ENDLESS = 10**9  # batches
+GRACE = 300  # seconds that a worker outlives SIGTERM
 
 
 class Batches:
@@ -99,7 +101,7 @@ class Batches:
         if self._cfg.workers and not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags, also outside absl.app
         options = grain.multiprocessing.MultiprocessingOptions(num_workers=self._cfg.workers)
-        return iter(dataset.mp_prefetch(options))
+        return iter(dataset.mp_prefetch(options, _outlive_sigterm))
 
     def get_state(self) -> dict[str, Any]:
         """JSON-able state: number of the next batch, problems so far, and what the stream is of."""
@@ -128,6 +130,12 @@ class Batches:
         if self._stop is not None:
             self._stop()
         self._iterator = self._stop = None
+
+
+def _outlive_sigterm(_worker: int, _count: int) -> None:
+    """Run in each worker. A cluster sends SIGTERM to all processes of a run; the main one, which
+    finishes its step and saves, may still wait for a batch. It ends its workers itself."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE) and None)
 
 
 def build(

@@ -220,7 +220,7 @@ def _bias_once(p: Params, here: Array) -> Params:
     return {name: one(name, layer) for name, layer in p.items()}
 
 
-def _obstacle(p: Params, rows: int, n_experts: int, mesh: AbstractMesh) -> str:
+def _obstacle(rows: int, n_experts: int, mesh: AbstractMesh) -> str:
     """Why `spread` cannot be used; "" if it can."""
     if AXIS not in mesh.shape:
         return f"the mesh has no axis {AXIS!r}"
@@ -250,7 +250,7 @@ def mixture(p: Experts, x: Array, choice: Array, weight: Array, n_experts: int) 
         return form(p, x, choice, weight, n_experts)
     if isinstance(p, tuple):
         return stationary(p, x, choice, weight, n_experts)
-    if obstacle := _obstacle(p, len(x), n_experts, mesh):
+    if obstacle := _obstacle(len(x), n_experts, mesh):
         _warn(obstacle)
         return reference(p, x, choice, weight, n_experts)
     return spread(p, x, choice, weight, n_experts)
