@@ -73,10 +73,10 @@ def test_no_stack_of_casts() -> None:
 
 
 @pytest.mark.parametrize("shape", [(5,), (1, 5), (1, 1, 5)])
-def test_one_row_beside_zeros(shape: tuple[int, ...]) -> None:
+def test_one_row_twice(shape: tuple[int, ...]) -> None:
     rng = np.random.default_rng(0)
     x, kernel = rng.standard_normal(shape), rng.standard_normal((5, 7))
-    have = one_row.padded(jnp.matmul, jnp.asarray(x), jnp.asarray(kernel))
+    have = one_row.twice(jnp.matmul, jnp.asarray(x), jnp.asarray(kernel))
     assert have.shape == (*shape[:-1], 7)
     np.testing.assert_allclose(have, x @ kernel, rtol=1e-5)
 

@@ -7,6 +7,7 @@ on a TPU, cuDNN's flash attention on a GPU. Both hold no scores of all pairs. Ax
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -55,12 +56,16 @@ def query_segments(segments: Array) -> Array:
     return jax.lax.cummax(segments, axis=1)
 
 
-def attend_causal(q: Array, k: Array, v: Array, segments: Array) -> Array:
+def attend_causal(
+    q: Array, k: Array, v: Array, segments: Array, lengths: Array | None = None
+) -> Array:
     """Attention of a sequence to itself: every place to those of its segment up to itself.
 
     Args:
       q: [B, T, N, H]; k, v: [B, T, K, H] with N a multiple of K.
       segments: i32[B, T], number of the sample that a place belongs to: ascending, 0 for padding.
+      lengths: i32[B], where every row is known to be one sample with padding behind it: its places.
+        It says what `segments` say, in a form that is cheaper on a GPU.
 
     Returns:
       [B, T, N, H] in the dtype of q.
@@ -70,10 +75,11 @@ def attend_causal(q: Array, k: Array, v: Array, segments: Array) -> Array:
         fallback.say("tpu", f"{PLAIN}: {reason}")
     elif q.shape[1] > SHORT:
         kernels["tpu"] = splash
-    if reason := _no_cudnn(q, k, v, segments):
+    on_gpu = partial(cudnn, lengths=lengths)
+    if reason := _no_cudnn(on_gpu, q, k, v, segments):
         fallback.say("gpu", f"{PLAIN}: {reason}")
     else:
-        kernels["cuda"] = cudnn
+        kernels["cuda"] = on_gpu
     return jax.lax.platform_dependent(q, k, v, segments, default=plain, **kernels)
 
 
@@ -89,10 +95,14 @@ def _same(segments: Array) -> Array:
     return query_segments(segments)[:, :, None] == segments[:, None, :]
 
 
-def cudnn(q: Array, k: Array, v: Array, segments: Array) -> Array:
-    """`attend_causal` on an NVIDIA GPU. The segments become a bias [B, 1, T, T] for all heads."""
-    mask = _same(segments)[:, None]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
+def cudnn(q: Array, k: Array, v: Array, segments: Array, lengths: Array | None = None) -> Array:
+    """`attend_causal` on an NVIDIA GPU. Without lengths the segments become a bias [B, 1, T, T] for
+    all heads, with which it takes more than twice the time."""
+    run = partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+    if lengths is None:
+        return run(q, k, v, mask=_same(segments)[:, None])
+    # A row of padding looks at its first place: at nothing, it would be no number.
+    return run(q, k, v, key_value_seq_lengths=jnp.maximum(lengths, 1))
 
 
 def splash(q: Array, k: Array, v: Array, segments: Array, interpret: bool = False) -> Array:
@@ -144,14 +154,15 @@ def _no_splash(q: Array) -> str:
     return ""
 
 
-def _no_cudnn(q: Array, k: Array, v: Array, segments: Array) -> str:
-    """Why `cudnn` cannot be used; "" if it can. It can be traced only where cuDNN is installed."""
+def _no_cudnn(run: Callable[..., Array], q: Array, k: Array, v: Array, segments: Array) -> str:
+    """Why `run`, which is `cudnn`, cannot be used; "" if it can. It can be traced only where cuDNN
+    is installed."""
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"cuDNN's flash attention is for 16-bit numbers, not for {q.dtype}"
     if q.shape[1] % 2:
         return f"cuDNN's flash attention is for an even number of places, not for {q.shape[1]}"
     try:
-        jax.eval_shape(cudnn, q, k, v, segments)
+        jax.eval_shape(run, q, k, v, segments)
     except (RuntimeError, NotImplementedError) as error:
         return str(error)
     return ""

@@ -31,6 +31,7 @@ class Context(NamedTuple):
     positions: Array  # i32[B, T]
     segments: Array  # i32[B, T], number of the sample that a token belongs to, 0 for padding
     counted: Array  # bool[B, T], tokens that count in the load-balancing loss
+    lengths: Array | None = None  # i32[B], see `attention.attend_causal`
     mask: Array | None = None  # bool[B, 1, T, S] over the cache; None: over these tokens, causal
     write_at: Array | None = (
         None  # i32[]: place of the first of the T tokens in the cache; None = no cache
@@ -146,7 +147,7 @@ def _block(
         if ctx.mask is not None:
             k, v = (report["cache"][n].astype(x.dtype).swapaxes(1, 2) for n in ("k", "v"))
     if mask is None:
-        heads = attention.attend_causal(q, k, v, ctx.segments)
+        heads = attention.attend_causal(q, k, v, ctx.segments, ctx.lengths)
     else:
         heads = attention.attend(q, k, v, mask)
     attended = layers.linear(p["attn"]["out"], heads.reshape(x.shape))

@@ -89,6 +89,16 @@ def over_groups(
     return jnp.where((jnp.arange(len(rows)) < counts.sum())[:, None], y[: len(rows)], 0)
 
 
+def of_one_token(p: Experts, x: Array, choice: Array, weight: Array, n_experts: int) -> Array:
+    """The expert sum of a single token: nothing to sort. Arguments and result as in
+    `experts.reference`, with B = T = 1."""
+    runs = [partial(layers.mlp, expert(p, e)) for e in range(n_experts)]
+    chosen = choice.reshape(-1)
+    shares = weight.reshape(-1).astype(x.dtype)
+    each = [jax.lax.switch(chosen[i], [*runs, jnp.zeros_like], x) for i in range(len(chosen))]
+    return sum((share * y for share, y in zip(shares, each, strict=True)), jnp.zeros_like(x))
+
+
 def grouped(p: Experts, x: Array, choice: Array, weight: Array, n_experts: int) -> Array:
     """The expert sum, one expert after the other.
 
@@ -97,6 +107,8 @@ def grouped(p: Experts, x: Array, choice: Array, weight: Array, n_experts: int) 
     size would need: `buckets.py` is for training.
     """
     b, t, d = x.shape
+    if b * t == 1:
+        return of_one_token(p, x, choice, weight, n_experts)
     k = choice.shape[-1]
     order = jnp.argsort(choice.reshape(-1), stable=True)
     counts = jnp.bincount(choice.reshape(-1), length=n_experts)

@@ -114,6 +114,7 @@ def forward(
     ctx = decoder.Context(
         positions=batch.get("positions", jnp.broadcast_to(places, tokens.shape)),
         segments=batch.get("segments", mask.astype(jnp.int32)),
+        lengths=None if "segments" in batch else mask.sum(-1, dtype=jnp.int32),
         counted=jnp.ones_like(mask) if official_aux else mask,
         noise_key=noise_key,
         probe=probe,

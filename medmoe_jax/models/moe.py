@@ -71,9 +71,11 @@ def router_logits(p: Params, x: Array) -> Array:
       f32[..., E].
     """
     p32 = jax.tree.map(lambda a: a.astype(jnp.float32), p)
-    x = layers.linear(p32["fc1"], x.astype(jnp.float32))
-    for i in range(2, len(p32) + 1):
-        x = layers.linear(p32[f"fc{i}"], layers.gelu(x))
+    # Products of float32 are rounded to 8 bits on a TPU and to 11 on a GPU unless this is said.
+    with jax.default_matmul_precision("highest"):
+        x = layers.linear(p32["fc1"], x.astype(jnp.float32))
+        for i in range(2, len(p32) + 1):
+            x = layers.linear(p32[f"fc{i}"], layers.gelu(x))
     return x
 
 
