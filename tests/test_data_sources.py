@@ -243,6 +243,7 @@ def test_bad_files_and_settings(folder: Path) -> None:
     for content, text in (
         ("[{]", "is no JSON"),
         (deep, "is no JSON: maximum"),
+        ("[1" + "0" * 5000 + "]", "is no JSON: Exceeds the limit"),
         ("[]", "no rows in"),
         ("", "no rows in"),
     ):

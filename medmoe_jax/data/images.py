@@ -108,7 +108,7 @@ def read_image_spec(file: str | Path, aspect: str, view: ViewConfig | None = Non
             tuple(config.get("image_std") or VisionConfig.std),
             view or ViewConfig(),
         )
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise DataError(f"{file} is no CLIP preprocessor_config.json: {error!r}") from error
     steps = ("do_resize", "do_center_crop", "do_normalize", "do_rescale", "do_convert_rgb")
     off = [step for step in steps if config.get(step, True) is not True]

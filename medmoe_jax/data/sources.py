@@ -213,7 +213,7 @@ def _parsed(file: Path, text: str) -> Iterator[tuple[int, Any, str]]:
     if text.lstrip().startswith("["):
         try:
             records = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # also a number of too many digits
             raise DataError(f"data file {file} is no JSON: {error}") from error
         yield from ((row, record, "") for row, record in enumerate(records))
         return
@@ -221,7 +221,7 @@ def _parsed(file: Path, text: str) -> Iterator[tuple[int, Any, str]]:
         if line.strip():
             try:
                 yield row, json.loads(line), ""
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 yield row, None, f"the line is no JSON: {error}"
 
 

@@ -96,5 +96,5 @@ def read_json(path: Path) -> Any:
     """Content of a JSON file. Raises DataError where it cannot be read."""
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read as JSON: {error}") from error

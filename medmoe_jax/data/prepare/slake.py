@@ -202,7 +202,7 @@ def _images(
 def _parsed(data: bytes, path: Path) -> Any:
     try:
         return json.loads(data.decode("utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read as JSON: {error}") from error
 
 
