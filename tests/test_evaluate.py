@@ -292,7 +292,14 @@ def test_errors_are_shown_and_count_as_wrong() -> None:
     asked = [question(1, "yes"), question(2, "yes")]
     found = report(asked, [said(1, "yes"), said(2, "", error="no such file")], samples=0)
     assert found["errors"] == {"2": "no such file"} and found["summary"]["closed accuracy"] == 50
-    assert "1 questions have no answer because of an error" in text.markdown(found)
+    shown = text.markdown(found)
+    assert "1 questions have no answer because of an error** and count as wrong: 2\n" in shown
+
+
+def test_a_row_of_a_table_is_one_line() -> None:
+    """Also where a question type, say, has a line feed in it."""
+    shown = text.table(("type", "n"), [("a | b\nc", "1")])
+    assert shown.splitlines()[2] == "| a \\| b c |   1 |"
 
 
 def test_settings_are_checked() -> None:

@@ -28,7 +28,7 @@ def markdown(report: Json) -> str:
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table with aligned columns, the first one to the left, the others to the right."""
-    rows = [head, *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    rows = [head, *([_one_line(cell) for cell in row] for row in rows)]
     widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(head))]
     lines = [
         "| "
@@ -41,6 +41,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     ]
     marks = ["-" * width if not i else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
     return "\n".join([lines[0], "| " + " | ".join(marks) + " |", *lines[1:]])
+
+
+def _one_line(cell: str) -> str:
+    return cell.replace("|", "\\|").replace("\n", " ")
 
 
 def _head(report: Json) -> str:
@@ -63,7 +67,7 @@ def _head(report: Json) -> str:
         first = list(report["errors"])[:5]
         lines.append(
             f"**{len(report['errors'])} questions have no answer because of an error** and count "
-            f"as wrong: {', '.join(first)} ..."
+            f"as wrong: {', '.join(first)}" + " ..." * (len(report["errors"]) > len(first))
         )
     return "\n".join(lines)
 
