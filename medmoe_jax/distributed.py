@@ -167,6 +167,23 @@ def check_alike(what: str, values: dict[str, Any]) -> None:
         )
 
 
+def end_when_asked() -> None:
+    """From now on SIGTERM ends a run of one process with status PREEMPTED wherever it is but inside
+    of `preemption`: while it reads weights and data, or writes its model, there is nothing to save.
+
+    Of several processes JAX hears the signal; they end behind their first step.
+    """
+    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
+        return
+    told = b"SIGTERM: ended; the same command goes on from the last checkpoint, if there is one\n"
+
+    def end(*_: Any) -> NoReturn:
+        os.write(1, told)  # `print` may be what was interrupted
+        os._exit(PREEMPTED)
+
+    signal.signal(signal.SIGTERM, end)
+
+
 @contextmanager
 def preemption() -> Iterator[Callable[[int], bool]]:
     """Turns SIGTERM into a question to ask behind every step: is this the last one?

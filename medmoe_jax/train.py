@@ -364,6 +364,7 @@ def main(_: list[str]) -> None:
     try:
         distributed.join(flags.FLAGS.config.cluster)
         compilation.keep(flags.FLAGS.config.compilation_cache)
+        distributed.end_when_asked()
         train(flags.FLAGS.config, Path(flags.FLAGS.workdir))
     except distributed.Preempted as reason:
         say(str(reason))

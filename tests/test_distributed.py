@@ -285,6 +285,27 @@ def test_sigterm_is_a_question() -> None:
     assert distributed.gathered(["a", 1]) == [["a", 1]]
 
 
+def test_sigterm_before_training_and_behind_it() -> None:
+    """There is nothing to save, and the status is that of a run to be started again."""
+    script = """
+import signal
+from medmoe_jax import distributed
+distributed.end_when_asked()
+with distributed.preemption() as ends:
+    signal.raise_signal(signal.SIGTERM)
+    print("saves", ends(1), flush=True)
+signal.raise_signal(signal.SIGTERM)
+print("never")
+"""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == distributed.PREEMPTED, done.stderr
+    said = done.stdout.splitlines()
+    assert said[0] == "saves True" and said[1].startswith("SIGTERM: ended;") and len(said) == 2
+
+
 @pytest.mark.parametrize(
     ("processes", "devices"), [(1, 4), pytest.param(4, 1, marks=pytest.mark.slow)]
 )
