@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import runpy
 from dataclasses import replace
 from pathlib import Path
@@ -93,6 +94,19 @@ def test_files_are_known_by_their_content(tmp_path: Path):
     a.write_text("[1]")
     b.write_text("[2]")
     assert fingerprint(str(a)) != fingerprint(str(b))
+
+
+def test_records_are_known_by_when_they_were_written(tmp_path: Path):
+    """A split of theirs is a name below the folder, and no file."""
+    info = tmp_path / "1.0.0" / "dataset_info.json"
+    info.parent.mkdir()
+    info.write_text("{}")
+    os.utime(info, (1, 1))
+    names = [str(info.parent), str(info.parent / "train")]
+    before = [fingerprint(name) for name in names]
+    os.utime(info, (2, 2))
+    fingerprint.cache_clear()
+    assert before[0] == before[1] not in [fingerprint(name) for name in names]
 
 
 def test_override_names_fields_by_path():

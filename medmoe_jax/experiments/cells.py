@@ -23,6 +23,7 @@ from typing import Any
 import jax
 
 import medmoe_jax
+from medmoe_jax.data.records import INFO, is_records
 
 DONE = "cell.json"  # written last: a folder without it is unfinished
 DIGITS = 10  # of the digest in a folder's name
@@ -155,9 +156,12 @@ def every(cells: list[Cell]) -> list[Cell]:
 
 @lru_cache
 def fingerprint(path: str) -> str:
-    """What a user's file or model folder holds, for a spec: CRC of a file's content, of a model
-    folder its description and the time it was written."""
+    """What a user's file or folder holds, for a spec: CRC of a file's content; of a model folder
+    and of records, which are large, when they were written."""
     place = Path(path)
+    if is_records(place):
+        folder = place if (place / INFO).is_file() else place.parent
+        return f"{(folder / INFO).stat().st_mtime_ns}"
     if place.is_dir():
         config = place / "config.json"
         return f"{config.stat().st_mtime_ns}" if config.exists() else "folder"
