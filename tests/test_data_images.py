@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,20 @@ def test_sixteen_bit_uses_its_own_range(fixtures: Path, tmp_path: Path) -> None:
     Image.fromarray(ramp).save(path)
     with pytest.raises(DataError, match="not finite"):
         load_image(path, SPEC)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.float32])
+def test_films_whose_zero_is_white(tmp_path: Path, kind: type) -> None:
+    """As digitised X-ray films have it, whatever the number of bits."""
+    values = np.tile(np.linspace(0, 200, 9).astype(kind), (9, 1))
+    Image.fromarray(values).save(tmp_path / "film.tif")
+    content = (tmp_path / "film.tif").read_bytes()
+    entry = struct.pack("<HHI", 262, 3, 1)  # PhotometricInterpretation: a short, one of it
+    assert content.count(entry + struct.pack("<HH", 1, 0)) == 1
+    film = content.replace(entry + struct.pack("<HH", 1, 0), entry + struct.pack("<HH", 0, 0))
+    shown, negative = (np.asarray(images.decode(c, "film.tif"), int) for c in (content, film))
+    np.testing.assert_array_equal(negative, 255 - shown)
+    assert shown[0, 0, 0] < shown[0, -1, 0]
 
 
 def test_transparency_is_laid_over_white(tmp_path: Path) -> None:

@@ -4,8 +4,9 @@ Equal to Med-MoE for 8-bit images without transparency. Deliberate differences, 
 `convert('RGB')` loses the picture:
 
 * More than 8 bits a channel in greyscale (16-bit PNG or TIFF, 32-bit integers, floats): the image's
-  own range is mapped linearly, its lowest value to 0 and its highest to 255. The official code
-  clips at 255, which turns a normal scan white. A constant image becomes black.
+  own range is mapped linearly, its lowest value to 0 and its highest to 255 (in TIFF files whose
+  zero is white the other way round). The official code clips at 255, which turns a normal scan
+  white. A constant image becomes black.
 * Transparency is laid over white, as viewers show it. The official code shows whatever colour
   hides behind the transparent pixels.
 * The orientation written in the file (EXIF) is applied, so that left and right are those a viewer
@@ -50,6 +51,7 @@ SUFFIXES = {
 }  # Pillow's format -> suffixes, the usual one first; no scripts
 FORMATS = tuple(SUFFIXES)
 _ORIENTATION = 0x0112  # EXIF tag
+_PHOTOMETRIC = 0x0106  # TIFF tag; 0 = the smallest value is white
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -222,6 +224,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
       DataError: the pixel values are not all finite.
     """
+    # Pillow turns such pictures of up to 8 bits round itself.
+    negative = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
     image = _upright(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image, np.float64)
@@ -229,6 +233,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         if not (np.isfinite(low) and np.isfinite(high)):
             raise DataError("the image holds values that are not finite numbers")
         scaled = (values - low) * (255 / (high - low) if high > low else 0)
+        scaled = 255 - scaled if negative and high > low else scaled
         return Image.fromarray(np.rint(scaled).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
