@@ -305,7 +305,7 @@ class OptimConfig:
     steps: int = 0  # optimiser steps; 0 = from epochs
     batch_size: int = 128  # rows of one optimiser step, over all devices and accumulation
     accumulate: int = 1  # micro-batches of one optimiser step
-    weight_decay: float = 0.0
+    weight_decay: float = 0.0  # of all that trains but biases and norms
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8

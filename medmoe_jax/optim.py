@@ -69,12 +69,17 @@ def schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def make(cfg: OptimConfig, steps: int, label: dict[str, str]) -> optax.GradientTransformation:
-    """AdamW on trainable leaves.
+    """AdamW on trainable leaves; biases and norms do not decay, as in the official code.
 
     Clipping is inside the train branch: the norm is over trainable leaves only.
     """
     adamw = optax.adamw(
-        schedule(cfg, steps), b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay
+        schedule(cfg, steps),
+        b1=cfg.b1,
+        b2=cfg.b2,
+        eps=cfg.eps,
+        weight_decay=cfg.weight_decay,
+        mask=_decays if cfg.weight_decay else None,
     )
     clip = [optax.clip_by_global_norm(cfg.clip_norm)] if cfg.clip_norm else []
     branches: dict[Hashable, optax.GradientTransformation] = {
@@ -82,6 +87,11 @@ def make(cfg: OptimConfig, steps: int, label: dict[str, str]) -> optax.GradientT
         FROZEN: optax.set_to_zero(),
     }
     return optax.multi_transform(branches, label)
+
+
+def _decays(tree: Flat) -> dict[str, bool]:
+    """Which parameters decay. Source: `get_decay_parameter_names` of transformers' Trainer."""
+    return {path: not path.endswith(("/bias", "/scale")) for path in tree}
 
 
 def update(

@@ -177,6 +177,20 @@ def test_clipping_is_by_the_norm_of_what_trains() -> None:
         np.testing.assert_allclose(moments[-1]["a"], 0.1 * 3.0 * factor, rtol=1e-5)
 
 
+def test_biases_and_norms_do_not_decay() -> None:
+    """As in transformers' Trainer. Without a gradient AdamW does nothing else."""
+    names = ("fc/kernel", "fc/bias", "ln/scale", "embed/embedding", "frozen/kernel")
+    flat = {name: jnp.full(3, 2.0) for name in names}
+    label = optim.labels(list(flat), ("(fc|ln|embed)/.*",))
+    tx = optim.make(dataclasses.replace(SGD, lr=0.5, weight_decay=0.1), 10, label)
+    train, frozen = optim.split(flat, label)
+    grads = jax.tree.map(jnp.zeros_like, train)
+    new, _ = optim.update(tx, grads, tx.init(flat), train, frozen)
+    moved = {name for name, value in new.items() if not np.array_equal(value, flat[name])}
+    assert moved == {"fc/kernel", "embed/embedding"}
+    np.testing.assert_allclose(new["fc/kernel"], 2.0 * (1 - 0.5 * 0.1), rtol=1e-6)
+
+
 def test_a_step_computes_no_frozen_gradient(params: Any, batch: Any) -> None:
     """Clipping costs (almost) nothing when little trains; a norm over all leaves would not.
 
