@@ -221,7 +221,8 @@ def options(question: str) -> list[list[str]]:
     Args:
       question: its text. Options are what its last [...] or "Options: ..." lists with semicolons,
         as the prompts for MedMNIST, or else with commas, as in LLaVA-Med's "Please choose from the
-        following two options: [left, right]"; without a list the words on both sides of each "or".
+        following two options: [left, right]"; without a list the words on both sides of each "or",
+        where both are followed by the same noun those before it ("left lung or right lung").
 
     Returns:
       One list of words an option; empty where there are none.
@@ -232,7 +233,7 @@ def options(question: str) -> list[list[str]]:
         return [split_words(option) for option in text.split(";" if ";" in text else ",")]
     words = split_words(question)
     places = [i for i in range(1, len(words) - 1) if words[i] == "or"]
-    return [[words[i + side]] for i in places for side in (-1, 1)]
+    return [side for i in places for side in _sides(words, i)]
 
 
 def split_words(text: str) -> list[str]:
@@ -246,6 +247,15 @@ def contains(words: list[str], part: list[str]) -> bool:
     """Whether `part`, not empty, occurs in `words` in a row."""
     starts = range(len(words) - len(part) + 1)
     return bool(part) and any(words[i : i + len(part)] == part for i in starts)
+
+
+def _sides(words: list[str], place: int) -> tuple[list[str], list[str]]:
+    """What stands on both sides of the "or" at a place of a question."""
+    noun, rest = words[place - 1], words[place + 1 : place + 4]
+    before = rest.index(noun) if noun in rest and "or" not in rest else 0
+    if not 0 < before < place:
+        return [noun], rest[:1]
+    return words[place - 1 - before : place - 1], rest[:before]
 
 
 def _official_row(answer: Answer) -> dict[str, Any]:

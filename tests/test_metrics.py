@@ -249,3 +249,11 @@ def test_options() -> None:
     named = options("What?\nChoose one of these options: left, or right (lung); heart.")
     assert named == [["left", "or", "right", "lung"], ["heart"]]
     assert options("Or is it?") == []
+    asked = "Is it in the left lung or the right lung?"
+    assert options(asked) == [["left"], ["right"]]
+    assert options("Left upper lobe or left lower lobe?") == [["left", "upper"], ["left", "lower"]]
+    assert options("CT or MRI or CT angiography?") == [["ct"], ["mri"], ["mri"], ["ct"]]
+    assert options("Lung or lung?") == [["lung"], ["lung"]]
+    for said, percent in (("left lung", 100), ("right lung", 0), ("left and right lung", 0)):
+        found = strict([("left", said, "CLOSED", asked)])["aggregate_percent"]
+        assert found["Closed Accuracy"] == percent, said
