@@ -11,6 +11,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from medmoe_jax.step import State
+from medmoe_jax.stored import CheckpointError
 
 
 class Checkpoints:
@@ -20,8 +21,8 @@ class Checkpoints:
 
     def __init__(self, workdir: Path, keep: int) -> None:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
-        folder = (workdir / "checkpoints").absolute()
-        self._manager = ocp.CheckpointManager(folder, options=options)
+        self._folder = (workdir / "checkpoints").absolute()
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint, or None."""
@@ -40,12 +41,23 @@ class Checkpoints:
         self._manager.save(step, args=args)
 
     def restore(self, step: int, like: State) -> tuple[State, dict[str, Any]]:
-        """Reads checkpoint `step` with the shapes, dtypes and shardings of `like`."""
+        """Reads checkpoint `step` with the shapes, dtypes and shardings of `like`.
+
+        Raises:
+          CheckpointError: it is damaged, or of a program that keeps another state.
+        """
         target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like._asdict())
         args = ocp.args.Composite(
             state=ocp.args.StandardRestore(target), iterator=ocp.args.JsonRestore()
         )
-        found = self._manager.restore(step, args=args)
+        try:
+            found = self._manager.restore(step, args=args)
+        except (OSError, ValueError, KeyError) as error:
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(
+                f"{self._folder / str(step)} cannot be read ({why}); remove this folder to go on "
+                "from the checkpoint before it, or begin in another --workdir"
+            ) from error
         return State(**found["state"]), found["iterator"]
 
     def close(self) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from medmoe_jax import checkpoint, presets, stored
+from medmoe_jax import checkpoint, presets, resume, stored
 from medmoe_jax.checkpoint import CheckpointError, ModelMeta
 from medmoe_jax.config import MoeConfig
+from medmoe_jax.step import State
 
 
 def tree() -> dict[str, Any]:
@@ -181,3 +184,23 @@ def test_files_that_are_no_routers(tmp_path: Path) -> None:
     checkpoint.save_model(tmp_path / "model", tree(), meta())
     with pytest.raises(CheckpointError, match="holds no router"):
         checkpoint.load_router(tmp_path / "model")
+
+
+@pytest.mark.parametrize("file", ["state/_METADATA", "iterator/metadata", "state/d/*"])
+def test_a_damaged_checkpoint_of_training_leaves_the_one_before(tmp_path: Path, file: str) -> None:
+    states = [State(jnp.int32(n), {"a": jnp.full((8, 8), n)}, {}) for n in (1, 2)]
+    with closing(resume.Checkpoints(tmp_path, keep=2)) as checkpoints:
+        for state in states:
+            checkpoints.save(state, {"next_batch": int(state.step)})
+    newest = tmp_path / "checkpoints" / "2"
+    for damaged in newest.glob(file):
+        damaged.write_bytes(damaged.read_bytes()[:10])
+    told = pytest.raises(CheckpointError, match=r"checkpoints/2 cannot be read .* remove this")
+    with closing(resume.Checkpoints(tmp_path, keep=2)) as checkpoints, told:
+        checkpoints.restore(2, states[0])
+    shutil.rmtree(newest)
+    with closing(resume.Checkpoints(tmp_path, keep=2)) as checkpoints:
+        assert checkpoints.latest() == 1
+        state, place = checkpoints.restore(1, states[1])
+    np.testing.assert_array_equal(state.train["a"], np.ones((8, 8)))
+    assert place == {"next_batch": 1}
