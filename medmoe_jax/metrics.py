@@ -100,7 +100,8 @@ def strict(answers: Iterable[Answer | tuple[str, str, str]]) -> dict[str, Any]:
     """Figures with their usual meaning, on whole words.
 
     Words are runs of letters and digits, lower case, decimals kept whole ("3.5"), without
-    articles; number words count as digits ("two" is "2").
+    articles (but for a closed answer that is one, as "A" of A, B, C and D); number words count as
+    digits ("two" is "2").
 
     * Closed, yes or no: right if the prediction has that word and not the other one. "Yes, there
       is no fluid" has both and is wrong.
@@ -236,11 +237,12 @@ def options(question: str) -> list[list[str]]:
     return [side for i in places for side in _sides(words, i)]
 
 
-def split_words(text: str) -> list[str]:
-    """Words of the strict figures (see `strict`)."""
+def split_words(text: str, articles: bool = False) -> list[str]:
+    """Words of the strict figures (see `strict`), or those with articles."""
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))|['\u2019]", "", text.lower())
     words: list[str] = re.findall(r"\d+\.\d+|[^\W_]+", text)
-    return [NUMBER_WORDS.get(word, word) for word in words if word not in ARTICLES]
+    kept = words if articles else [word for word in words if word not in ARTICLES]
+    return [NUMBER_WORDS.get(word, word) for word in kept]
 
 
 def contains(words: list[str], part: list[str]) -> bool:
@@ -289,6 +291,9 @@ def _strict_row(answer: Answer) -> dict[str, Any]:
     reference, prediction = split_words(answer.reference), split_words(answer.prediction)
     row: dict[str, Any] = {"answer_type": answer.answer_type}
     if kind in STRICT_CLOSED:
+        if not reference:  # "A" of A, B, C and D
+            reference = split_words(answer.reference, articles=True)
+            prediction = split_words(answer.prediction, articles=True)
         yes_no = [["yes"], ["no"]]
         others = yes_no if reference in yes_no else options(answer.question)
         right = contains(prediction, reference)

@@ -239,6 +239,13 @@ def test_naming_two_classes_is_no_answer() -> None:
     assert [row["closed_correct"] for row in strict(answers)["per_sample"]] == [True, False]
 
 
+def test_a_letter_that_is_an_article() -> None:
+    for said, percent in (("A", 100), ("A.", 100), ("B", 0), ("", 0), ("A or B", 0)):
+        found = strict([("A", said, "CLOSED", "Which one? Options: A, B.")])
+        assert found["aggregate_percent"]["Closed Accuracy"] == percent, said
+    assert strict([("the left", "left", "CLOSED")])["aggregate_percent"]["Closed Accuracy"] == 100
+
+
 def test_options() -> None:
     assert options("Is it CT or an MRI?") == [["ct"], ["mri"]]
     assert options("[a] Which one? [Left lung, none]") == [["left", "lung"], ["0"]]
