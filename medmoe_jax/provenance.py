@@ -96,7 +96,7 @@ def phase(
         "steps": steps,
         "rows": {"used": len(samples), "left_out": left_out, "modalities": modalities},
         "files": [
-            {"file": str(file), "sha256": _digest(Path(file)), "rows": rows[str(file)]}
+            {"file": str(file), "sha256": digest(Path(file)), "rows": rows[str(file)]}
             | data_set(file)
             for file in cfg.data.files
         ],
@@ -109,7 +109,7 @@ def phase(
     }
 
 
-def _digest(file: Path) -> str | None:
+def digest(file: Path) -> str | None:
     """SHA-256 of a file; None of a folder."""
     if not file.is_file():
         return None

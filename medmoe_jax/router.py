@@ -1,4 +1,4 @@
-"""The router phase: a fresh router, and a report of how well it tells the modalities apart."""
+"""The router: a fresh one, the one that a run brought, and how well it knows the modalities."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from medmoe_jax import losses, sharding
-from medmoe_jax.config import MODALITIES, ModelConfig, MoeConfig
+from medmoe_jax.config import MODALITIES, ModelConfig, MoeConfig, RunConfig
 from medmoe_jax.models import layers, medmoe, moe
 
 
@@ -21,6 +21,21 @@ def fresh(cfg: ModelConfig, mixture: MoeConfig, seed: int) -> dict[str, Any]:
     """Random router parameters (f32) for `mixture` on a model of width cfg.llm.width."""
     leaves = moe.router_leaves(cfg.llm.width, mixture.experts, mixture.router_layers)
     return layers.initialise(jax.random.key(seed), leaves)
+
+
+def own(cfg: RunConfig, flat: dict[str, Any]) -> dict[str, Any]:
+    """The router of a stage 3 that did not take it from `init`, by path; else nothing.
+
+    Args:
+      cfg: of the run.
+      flat: all parameters, path -> array.
+    """
+    inner = "llm/moe/"
+    return {
+        path.removeprefix(inner): value[0]  # all layers begin with the same one
+        for path, value in flat.items()
+        if cfg.router and path.startswith(f"{inner}router/")
+    }
 
 
 def evaluate(

@@ -133,16 +133,6 @@ def unread(asked: ModelConfig, found: ModelConfig) -> list[str]:
     return [f"{k} {v} (there {used[k]})" for k, v in wanted.items() if v != used[k]]
 
 
-def own_router(cfg: RunConfig, flat: dict[str, Any]) -> dict[str, Any]:
-    """The router of a stage 3 that did not take it from `init`, by path; else nothing."""
-    inner = "llm/moe/"
-    return {
-        path.removeprefix(inner): value[0]  # all layers begin with the same one
-        for path, value in flat.items()
-        if cfg.router and path.startswith(f"{inner}router/")
-    }
-
-
 class Data(NamedTuple):
     """What a phase reads."""
 
@@ -270,8 +260,14 @@ def train(cfg: RunConfig, workdir: Path) -> None:
 
     # --- resume, or start ---
     checkpoints = resume.Checkpoints(workdir, cfg.log.keep)
+    begun_from = {"init": provenance.digest(Path(cfg.init) / "config.json")}
     if (latest := checkpoints.latest()) is not None:
         state, place = checkpoints.restore(latest, layout.abstract_state(tx, *outline, mesh))
+        if (begun_from | place)["init"] != begun_from["init"]:
+            raise ConfigError(
+                f"{cfg.init} is another model than the one that {workdir} began with, whose frozen "
+                "weights are needed to go on; put it back, or use another --workdir"
+            )
         stream.set_state(place)
         say(f"resumed at step {latest} of {total}")
     else:
@@ -312,7 +308,7 @@ def train(cfg: RunConfig, workdir: Path) -> None:
             ends = preempted(number) and number < total
             if ends or number % cfg.log.save_every == 0 or number == total:
                 reporter.flush()
-                checkpoints.save(state, position(stream))
+                checkpoints.save(state, position(stream) | begun_from)
             if ends:
                 raise distributed.Preempted(
                     f"SIGTERM: stopped behind step {number} of {total}, which is saved; the same "
@@ -342,7 +338,7 @@ def train(cfg: RunConfig, workdir: Path) -> None:
             print(f"{len(left_out):,} rows were left out: {workdir / 'skipped.jsonl'}", flush=True)
     # Frozen weights are copied from `init`: those on the devices are rounded for the computation.
     # Of a run with adapters nothing else is, but for a router that `init` does not hold.
-    saved = flat if meta.delta is None else own_router(cfg, flat)
+    saved = flat if meta.delta is None else router.own(cfg, flat)
     result = unflatten_dict(saved | state.train, sep="/")
     record = provenance.phase(
         cfg,

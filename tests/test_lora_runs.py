@@ -197,7 +197,7 @@ def test_a_router_from_elsewhere_is_kept(root: Path) -> None:
     fresh = dataclasses.replace(config(root), router="fresh", seed=3)
     params, meta = train.starting_point(fresh)
     weights = flatten_dict(params, sep="/")
-    kept = train.own_router(fresh, weights) | lora.fresh(fresh, weights)
+    kept = router.own(fresh, weights) | lora.fresh(fresh, weights)
     checkpoint.save_model(root / "other", unflatten_dict(kept, sep="/"), meta)
     assert set(raw(root / "other")) - set(lora.fresh(fresh, weights)) == {
         "router/fc1/kernel",
@@ -207,7 +207,7 @@ def test_a_router_from_elsewhere_is_kept(root: Path) -> None:
     assert whole.keys() == weights.keys()
     for path, value in weights.items():
         np.testing.assert_array_equal(whole[path], value)
-    assert train.own_router(config(root), weights) == {}
+    assert router.own(config(root), weights) == {}
 
 
 def test_adapters_beside_adapters(root: Path) -> None:

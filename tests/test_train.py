@@ -240,6 +240,11 @@ def test_faults_of_the_user_are_named(
     (tmp_path / "e" / "model" / "config.json").unlink()
     with pytest.raises(ConfigError, match="another config"):
         train.train(other, tmp_path / "e")
+    # Trained anew meanwhile: its frozen weights are not those that the run goes on from.
+    params, meta = checkpoint.load_model(start)
+    checkpoint.save_model(start, params, dataclasses.replace(meta, history=["anew"]))
+    with pytest.raises(ConfigError, match=r"another model than the one that .*e began with"):
+        train.train(stage2, tmp_path / "e")
 
 
 def test_broken_rows_stop_or_are_left_out(tmp_path: Path):
