@@ -69,10 +69,10 @@ class Task:
 
     @property
     def run(self) -> RunConfig:
-        """Phase 3 with float32 master weights, everything else in 16 bits."""
+        """Phase 3 with float32 master weights, everything else in 16 bits; the scores of all words
+        exist at once, as on PyTorch's side."""
         run = training.run_config(self.config, self.remat[0], DTYPE)
-        chunk = RunConfig().loss_chunk
-        return replace(run, loss_chunk=chunk, optim=replace(run.optim, batch_size=self.rows))
+        return replace(run, optim=replace(run.optim, batch_size=self.rows))
 
 
 @dataclass

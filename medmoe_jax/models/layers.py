@@ -253,25 +253,24 @@ def remat(body: Callable, policy: str) -> Callable:
 
     Args:
       body: a function for `jax.lax.scan`.
-      policy: `none` keeps everything, `dots` products with weights, `experts` of those the
-        products with experts' weights only, `attention` what attention gives, `full` nothing.
+      policy: `none` keeps everything, `dots` products with weights and what attention gives,
+        `experts` products with experts' weights only, `attention` what attention gives alone,
+        `full` nothing.
 
     Raises:
       ValueError: unknown policy.
     """
     policies = jax.checkpoint_policies
-    experts = policies.save_only_these_names(EXPERTS)
+    either, names = policies.save_from_both_policies, policies.save_only_these_names
+    experts = names(EXPERTS)
+    attention = either(names(ATTENTION), lambda primitive, *_, **__: primitive.name == CUDNN)
+    # Kernels and loops hide the experts' products from the policy for products.
+    products = either(policies.checkpoint_dots_with_no_batch_dims, experts)
     kept = {
         "full": None,
-        "attention": policies.save_from_both_policies(
-            policies.save_only_these_names(ATTENTION),
-            lambda primitive, *_, **__: primitive.name == CUDNN,
-        ),
+        "attention": attention,
         "experts": experts,
-        # Kernels and loops hide the experts' products from the policy for products.
-        "dots": policies.save_from_both_policies(
-            policies.checkpoint_dots_with_no_batch_dims, experts
-        ),
+        "dots": either(products, attention),
     }
     if policy == "none":
         return body
