@@ -118,6 +118,18 @@ def test_errors_name_line_and_column(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "mine.csv row 0" in capsys.readouterr().err
 
 
+def test_empty_columns_of_a_spreadsheet(tmp_path: Path) -> None:
+    """Have no name and are no columns; text in one of them is told."""
+    table = "image,question,answer,,\n,Q1,yes,,\n,Q2,no,,lost\n"
+    mini.put(tmp_path / "mine.csv", table.encode())
+    out = tmp_path / "out"
+    assert prepare("custom", tmp_path / "mine.csv", out, "--on-error", "skip") == 0
+    assert [row["id"] for row in lines(out / "manifest.jsonl")] == ["mine-0"]
+    assert json.loads((out / "summary.json").read_text())["remarks"] == []
+    problem = lines(out / "problems.jsonl")[0]["reason"]
+    assert problem == "line 3 has text in a column without a name"
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

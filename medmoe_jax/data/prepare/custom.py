@@ -62,7 +62,10 @@ def _table(file: Path) -> Iterator[tuple[int, Any]]:
                 row: dict[str, Any] = {LINE: line}
                 if len(cells) != len(columns):
                     row[FAULT] = f"{line} has {len(cells)} cells, the header has {len(columns)}"
-                yield place, row | dict(zip(columns, cells, strict=False))
+                pairs = list(zip(columns, cells, strict=False))
+                if any(cell.strip() and not name for name, cell in pairs):
+                    row[FAULT] = f"{line} has text in a column without a name"
+                yield place, row | {name: cell for name, cell in pairs if name}
                 place += 1
     except csv.Error as error:
         raise DataError(f"{file} line {reader.line_num} cannot be read: {error}") from error
@@ -76,7 +79,8 @@ def _check_columns(file: Path, columns: Sequence[str]) -> None:
         raise DataError(
             f"{file} has no column {', '.join(lacking)}; its header is {', '.join(columns)}"
         )
-    doubled = sorted({name for name in columns if columns.count(name) > 1})
+    # Spreadsheets leave empty columns behind the last one: those have no name.
+    doubled = sorted({name for name in columns if name and columns.count(name) > 1})
     if doubled:
         raise DataError(f"{file}: the column {', '.join(doubled)} is there twice")
 
