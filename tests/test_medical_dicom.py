@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import sys
 from pathlib import Path
 from typing import Any
@@ -279,6 +280,13 @@ def test_recognised_by_content(tmp_path: Path) -> None:
     values = np.frombuffer(ds.PixelData, "<i2").reshape(64, 64)
     found = load_image(tmp_path / "IM0001", spec)
     np.testing.assert_array_equal(found[..., 0], linear(values, 0, 1000))
+
+
+def test_packed_files_are_told(tmp_path: Path) -> None:
+    packed = tmp_path / "a.dcm.gz"
+    packed.write_bytes(gzip.compress(save(tmp_path / "a.dcm", ramp()).read_bytes()))
+    with pytest.raises(DataError, match=r"'a\.dcm\.gz' is a DICOM file .* gzip; unpack it"):
+        open_image(packed)
 
 
 def test_faults_are_told_without_contents(tmp_path: Path) -> None:

@@ -29,20 +29,25 @@ def kind(path: Path) -> str:
     """DICOM, NIFTI, or '' for other files; the content decides, names where it is silent.
 
     Raises:
-      DataError: the file cannot be read.
+      DataError: the file cannot be read, or is a DICOM file within an archive.
     """
     try:
         with path.open("rb") as stream:
             head = stream.read(_HEAD)
     except OSError as error:
         raise DataError(f"image {path.name!r} cannot be read: {error.strerror}") from error
-    if head[:2] == b"\x1f\x8b":
+    zipped = head[:2] == b"\x1f\x8b"
+    if zipped:
         try:
             with gzip.open(path) as stream:
                 head = stream.read(_HEAD)
         except (OSError, EOFError, zlib.error):
             pass  # a broken archive: its name decides, and reading it will tell
     if head[_PREAMBLE : _PREAMBLE + 4] == b"DICM":
+        if zipped:
+            raise DataError(
+                f"image {path.name!r} is a DICOM file that was packed by gzip; unpack it"
+            )
         return DICOM
     if head[_NIFTI_1 : _NIFTI_1 + 4] in (b"n+1\0", b"ni1\0") or head[_NIFTI_2:8] == b"n+2\0":
         return NIFTI
