@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +142,16 @@ def conditions(threads: int, packages: Sequence[str] = PACKAGES) -> dict[str, An
         "threads": threads,
         "dtype": "float32",
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
+        "versions": {name: _version(name) for name in packages},
     }
+
+
+def _version(package: str) -> str:
+    """Also of this one where it is not installed but run from the repository."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return import_module(package).__version__
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

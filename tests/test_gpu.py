@@ -41,11 +41,11 @@ def gpu() -> None:
         pytest.skip(f"JAX runs on a {jax.default_backend()} here")
 
 
-def near(have: Any, want: Any, bound: float) -> None:
-    """The norm of the error is below `bound` times that of what is wanted."""
+def near(have: Any, want: Any, bound: float, least: float = 1e-30) -> None:
+    """The norm of the error is below `bound` times that of what is wanted, or `least`."""
     have, want = (np.asarray(a, np.float32) for a in (have, want))
     assert np.isfinite(have).all()
-    error = np.linalg.norm(have - want) / max(np.linalg.norm(want), 1e-30)
+    error = np.linalg.norm(have - want) / max(np.linalg.norm(want), least)
     assert error < bound, f"{error:.1e}"
 
 
@@ -189,7 +189,8 @@ def test_a_model_is_that_of_the_cpu(family: str, top_k: int) -> None:
         with jax.default_device(device), jax.default_matmul_precision("highest"):
             found.append(jax.device_get(jax.jit(jax.value_and_grad(total))(params, batch)))
     for have, want in zip(*map(jax.tree.leaves, found[::-1]), strict=True):
-        near(have, want, 1e-4)
+        # The gradient of CLIP's key biases is zero: they move all scores of a query alike.
+        near(have, want, 1e-4, least=1e-2)
 
 
 def test_nothing_falls_back(caplog: pytest.LogCaptureFixture) -> None:
