@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small_models
 
-from medmoe_jax.models import attention, fallback, layers
+from medmoe_jax.models import attention, fallback, layers, medmoe
 from medmoe_jax.plan import hlo
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -50,6 +51,43 @@ def test_splash_is_plain_attention(t: int, heads: int, kv_heads: int, width: int
     np.testing.assert_allclose(have, want, atol=1e-5)
     for a, b in zip(have_gradient, want_gradient, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_what_cudnn_is_asked_for(single: bool) -> None:
+    """The same as the plain form: with segments as a bias, and with lengths where every row is one
+    sample with padding behind it."""
+    q, k, v, segments = inputs(130, 4, 2, 16)
+    if single:
+        segments = (np.arange(130)[None] < np.array([[130], [77], [0]])).astype(np.int32)
+    lengths = jnp.asarray(segments.sum(1)) if single else None
+    have = attention.cudnn(q, k, v, segments, lengths, implementation="xla")
+    want = attention.plain(q, k, v, segments)
+    rows = slice(0, 2)  # the last one is nothing but padding
+    np.testing.assert_allclose(have[rows], want[rows], atol=1e-5)
+    assert np.isfinite(have).all()
+
+
+def test_lengths_are_told_of_rows_of_one_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not of packed ones."""
+    cfg = small_models.config()
+    params, batch = small_models.params(cfg), small_models.batch(cfg)
+    told = []
+
+    def listen(q: Any, k: Any, v: Any, segments: Any, lengths: Any) -> Any:
+        told.append(lengths)
+        return attention.plain(q, k, v, segments)
+
+    monkeypatch.setattr(attention, "attend_causal", listen)
+    with jax.disable_jit():
+        medmoe.forward(params, cfg, batch)
+    assert len(told) == cfg.llm.layers
+    for lengths in told:
+        np.testing.assert_array_equal(lengths, batch["mask"].sum(1))
+    told.clear()
+    packed = batch | {"segments": batch["mask"].astype(np.int32)}
+    jax.eval_shape(lambda batch: medmoe.forward(params, cfg, batch), packed)
+    assert told and not [lengths for lengths in told if lengths is not None]
 
 
 @cache

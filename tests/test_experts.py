@@ -61,6 +61,7 @@ def value_and_gradient(form: Any, n_experts: int) -> Any:
     ("tokens", "n_experts", "top_k", "family"),
     [
         (1, 4, 1, "phi"),
+        (1, 3, 2, "stablelm"),
         (63, 4, 1, "stablelm"),
         (64, 3, 1, "phi"),
         (65, 3, 1, "phi"),

@@ -216,6 +216,14 @@ def test_router_is_float32_whatever_the_activations_are() -> None:
     assert jax.eval_shape(moe.router_logits, stored, x).dtype == jnp.float32
 
 
+def test_router_is_not_rounded_on_accelerators() -> None:
+    """There XLA rounds what products of float32 read, unless it is told not to."""
+    p = layer_params("phi", MoeConfig(router_layers=2))["router"]
+    program = str(jax.make_jaxpr(moe.router_logits)(p, jnp.ones((1, 3, WIDTH), jnp.bfloat16)))
+    exact = program.count("(Precision.HIGHEST, Precision.HIGHEST)")
+    assert exact == program.count("= dot_general[") == 2
+
+
 def test_settings_that_cannot_work() -> None:
     for cfg, message in (
         (MoeConfig(experts=1), "at least 2"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -95,10 +95,17 @@ def _same(segments: Array) -> Array:
     return query_segments(segments)[:, :, None] == segments[:, None, :]
 
 
-def cudnn(q: Array, k: Array, v: Array, segments: Array, lengths: Array | None = None) -> Array:
+def cudnn(
+    q: Array,
+    k: Array,
+    v: Array,
+    segments: Array,
+    lengths: Array | None = None,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
+) -> Array:
     """`attend_causal` on an NVIDIA GPU. Without lengths the segments become a bias [B, 1, T, T] for
-    all heads, with which it takes more than twice the time."""
-    run = partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
+    all heads, with which it takes 1.6 times as long. "xla" computes the same anywhere."""
+    run = partial(jax.nn.dot_product_attention, is_causal=True, implementation=implementation)
     if lengths is None:
         return run(q, k, v, mask=_same(segments)[:, None])
     # A row of padding looks at its first place: at nothing, it would be no number.
