@@ -102,6 +102,18 @@ def batch(
     return padded | {"images": pixels, "modality": np.arange(len(rows), dtype=np.int32)}
 
 
+def choices(kind: str, tokens: int, n_experts: int, top_k: int) -> np.ndarray:
+    """i32[1, T, K]: experts at random; all tokens the last ones; or every second token none."""
+    if kind == "one":
+        return np.tile(np.arange(top_k, dtype=np.int32) + n_experts - top_k, (1, tokens, 1))
+    rng = np.random.default_rng(tokens)
+    order = rng.permuted(np.tile(np.arange(n_experts, dtype=np.int32), (1, tokens, 1)), axis=-1)
+    choice = order[..., :top_k]
+    if kind == "none":
+        choice[:, ::2] = n_experts
+    return choice
+
+
 @functools.cache
 def golden_params(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
     """Parameters and shapes of a golden model."""

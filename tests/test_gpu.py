@@ -54,18 +54,6 @@ def half(tree: Any) -> Any:
     return jax.tree.map(lambda a: jnp.asarray(a).astype(jnp.bfloat16), tree)
 
 
-def chosen(kind: str, tokens: int, n_experts: int, top_k: int) -> np.ndarray:
-    """i32[1, T, K]: experts at random, the last ones for all, or none for every second token."""
-    if kind == "one":
-        return np.tile(np.arange(top_k, dtype=np.int32) + n_experts - top_k, (1, tokens, 1))
-    rng = np.random.default_rng(tokens)
-    order = rng.permuted(np.tile(np.arange(n_experts, dtype=np.int32), (1, tokens, 1)), axis=-1)
-    choice = order[..., :top_k]
-    if kind == "none":
-        choice[:, ::2] = n_experts
-    return choice
-
-
 @pytest.mark.parametrize(
     ("family", "width", "ffn", "tokens", "n_experts", "top_k", "apart"),
     [
@@ -99,7 +87,7 @@ def test_grouped_products(
 
     single = jax.tree.map(lambda a: a.astype(jnp.float32), (p, x))
     for kind in ("mixed", "one", "none"):
-        choice = chosen(kind, tokens, n_experts, top_k)
+        choice = small_models.choices(kind, tokens, n_experts, top_k)
         with jax.default_matmul_precision("highest"):
             slow = partial(experts.reference, n_experts=n_experts)
             (_, want), want_gradient = gradient(slow, *single, weight, choice)

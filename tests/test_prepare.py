@@ -187,7 +187,7 @@ def test_mended_pictures_are_taken_anew(tmp_path: Path) -> None:
     """Of the same length, so that the size of the file says nothing."""
     source, out = tmp_path / "s", tmp_path / "out"
     mini.put(source / "a.csv", b"image,question,answer\na.bmp,Q?,yes\nv.nii,Q?,no\n")
-    nib = pytest.importorskip("nibabel")
+    nib = pytest.importorskip("nibabel", reason="needs the extra medmoe_jax[medical]")
     for brightness in (10, 200):
         Image.new("L", (20, 20), brightness).save(source / "a.bmp")
         volume = np.arange(64, dtype=np.int16).reshape(4, 4, 4) * (1 if brightness == 10 else -1)

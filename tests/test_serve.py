@@ -5,21 +5,15 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pydicom
 import pytest
-import requests
 import tiny_service
-import uvicorn
-from tiny_server import Answer, alone, body, data_url, held, image, running
+from tiny_server import Answer, alone, body, data_url, held, image, running, shown
 
 import medmoe_jax
 from medmoe_jax.config import MoeConfig
@@ -28,7 +22,6 @@ from medmoe_jax.data import templates, tokens
 from medmoe_jax.model import Model, Request
 from medmoe_jax.responder import Responder
 from medmoe_jax.sampling import Sampling
-from medmoe_jax.serve import __main__ as command
 from medmoe_jax.serve import app as serving
 from medmoe_jax.serve import fields, messages
 
@@ -51,11 +44,6 @@ def model(folder: Path) -> Model:
 @pytest.fixture(scope="module")
 def picture() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (10, 12, 3), np.uint8)
-
-
-def shown(question: str, *pictures: np.ndarray) -> list[dict[str, Any]]:
-    """The content of a message, its images last."""
-    return [{"type": "text", "text": question}, *(image(data_url(p)) for p in pictures)]
 
 
 # --- answers ---
@@ -325,85 +313,3 @@ def test_a_key_is_asked_for(model: Model, path: str) -> None:
         assert answer.status == 401 and answer.error["code"] == "invalid_api_key", wrong
     assert alone(held(model, 1), sent, path, key="schlüssel", send_key="schlüssel").status == 200
     assert alone(model, None, "/health", key="schlüssel").status == 200
-
-
-# --- the command ---
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *words: Any) -> list[tuple[Any, dict[str, Any]]]:
-    """The applications that the command would serve, and how."""
-    served: list[tuple[Any, dict[str, Any]]] = []
-    monkeypatch.setattr(sys, "argv", ["serve", *map(str, words)])
-    monkeypatch.setattr(uvicorn, "run", lambda app, **how: served.append((app, how)))
-    command.main()
-    return served
-
-
-def test_the_command(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["--model-path", folder, "--port", 1, "--max-body", 3, "--served-name", "me"]
-    [(_, how)] = run(monkeypatch, *words)
-    assert (how["host"], how["port"]) == ("127.0.0.1", 1)
-    said = capsys.readouterr()
-    assert NOTICE in said.out and "warning" not in said.err
-    run(monkeypatch, *words, "--host", "0.0.0.0")
-    assert "warning: anyone who reaches 0.0.0.0 may ask" in capsys.readouterr().err
-    monkeypatch.setenv(command.KEY, "secret")
-    run(monkeypatch, *words, "--host", "0.0.0.0")
-    said = capsys.readouterr()
-    assert "warning" not in said.err and "secret" not in said.out
-    with pytest.raises(SystemExit, match="does not exist"):
-        run(monkeypatch, "--model-path", folder / "absent")
-    with pytest.raises(SystemExit):
-        run(monkeypatch, *words, "--batch", "0")
-    assert "0 is below 1" in capsys.readouterr().err
-
-
-def test_without_the_extra_the_command_names_it(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "uvicorn", None)
-    monkeypatch.setattr(sys, "argv", ["serve", "--model-path", str(folder)])
-    with pytest.raises(SystemExit, match=r"needs uvicorn: pip install 'medmoe_jax\[serve\]'"):
-        command.main()
-
-
-@pytest.mark.slow
-def test_the_process(folder: Path, tmp_path: Path, picture: np.ndarray) -> None:
-    """A real server: warm from the start; told to end, it finishes the answer that it gives."""
-    words = [sys.executable, "-m", "medmoe_jax.serve", "--model-path", folder, "--port", "0"]
-    log = tmp_path / "log"
-    with (
-        log.open("w") as out,
-        subprocess.Popen(
-            [*words, "--warm-up", "--batch", "2"],
-            stderr=subprocess.PIPE,
-            stdout=out,
-            text=True,
-            env=os.environ | {command.KEY: "key"},
-        ) as server,
-        requests.Session() as client,
-    ):
-        assert server.stderr
-        lines = iter(server.stderr.readline, "")
-        said = next(line for line in lines if "running on" in line)
-        place = said.split(" running on ")[1].split()[0]
-        client.headers["Authorization"] = "Bearer key"
-        assert client.get(f"{place}/health", timeout=300).json()["status"] == "ok"
-        sent = body(shown(FIRST, picture), max_tokens=12) | {"model": "model"}
-        want = medmoe_jax.load(folder).generate(FIRST, picture, HOW)
-        chat = f"{place}/v1/chat/completions"
-        answer = client.post(chat, json=sent, timeout=300).json()
-        assert answer["choices"][0]["message"]["content"] == want.text
-        assert requests.get(f"{place}/v1/models", timeout=300).status_code == 401
-        long = sent | {"max_tokens": 64, "stream": True}
-        with client.post(chat, json=long, stream=True, timeout=300) as stream:
-            pieces = stream.iter_lines()
-            next(pieces)
-            server.send_signal(signal.SIGTERM)
-            rest = [line for line in pieces if line]
-        assert rest[-1] == b"data: [DONE]"
-        told = "".join(lines)
-        assert server.wait(timeout=300) == -signal.SIGTERM and FIRST not in told
-    assert "warm for 2 at once" in log.read_text()

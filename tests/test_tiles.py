@@ -22,18 +22,6 @@ WHOLE = 256
 TPU, GPU = (partial(product, interpret=True) for product in (products.tpu, products.gpu))
 
 
-def chosen(kind: str, tokens: int, n_experts: int, top_k: int) -> Any:
-    """i32[1, T, K]: experts at random; all tokens the last ones; or every second token none."""
-    if kind == "one":
-        return np.tile(np.arange(top_k, dtype=np.int32) + n_experts - top_k, (1, tokens, 1))
-    rng = np.random.default_rng(tokens)
-    order = rng.permuted(np.tile(np.arange(n_experts, dtype=np.int32), (1, tokens, 1)), axis=-1)
-    choice = order[..., :top_k]
-    if kind == "none":
-        choice[:, ::2] = n_experts
-    return choice
-
-
 # Around a tile of 128 rows; one expert, as on a device that holds one of many.
 @pytest.mark.parametrize(
     ("product", "family", "tokens", "n_experts", "top_k"),
@@ -68,7 +56,7 @@ def test_tiled_is_the_obvious_sum(
     tile = 1 if product is buckets.cpu else 0
     fast = gradient(partial(tiles.tiled, product=product, tile=tile))
     for kind in ("mixed", "one", "none"):
-        found = p, x, weight, chosen(kind, tokens, n_experts, top_k)
+        found = p, x, weight, small_models.choices(kind, tokens, n_experts, top_k)
         (_, want), want_gradient = slow(*found)
         (_, have), have_gradient = fast(*found)
         np.testing.assert_allclose(have, want, atol=1e-5, rtol=1e-5, err_msg=kind)
@@ -105,7 +93,7 @@ def test_separate_experts_are_read_where_they_lie(product: Any, family: str, dty
 
     fast, exact = jax.jit(form), jax.tree.map(lambda a: a.astype(jnp.float32), p)
     for kind in ("mixed", "one", "none"):
-        choice = chosen(kind, tokens, n_experts, top_k)
+        choice = small_models.choices(kind, tokens, n_experts, top_k)
         want = experts.reference(exact, x.astype(jnp.float32), choice, weight, n_experts)
         tolerance = 1e-5 if dtype == "float32" else 0.02 * np.abs(want).max()
         have = fast(each, x, choice).astype(jnp.float32)
@@ -122,7 +110,10 @@ def test_separate_experts_have_derivatives(product: Any) -> None:
     p = small_models.fill(layers.mlp_leaves("phi", WIDTH, WHOLE, (n_experts,)))
     rng = np.random.default_rng(1)
     x = jnp.asarray(rng.standard_normal((1, tokens, WIDTH)), jnp.float32)
-    choice, weight = chosen("mixed", tokens, n_experts, 1), jnp.full((1, tokens, 1), 0.7)
+    choice, weight = (
+        small_models.choices("mixed", tokens, n_experts, 1),
+        jnp.full((1, tokens, 1), 0.7),
+    )
 
     def gradient(form: Any, p: Any) -> Any:
         def total(p: Any, x: Any) -> Any:
@@ -147,7 +138,10 @@ def test_in_a_scan_that_recomputes_and_in_half_precision() -> None:
     p = small_models.fill(layers.mlp_leaves("phi", WIDTH, FFN, (stack, n_experts)))
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((1, tokens, WIDTH)), jnp.float32)
-    choice, weight = chosen("mixed", tokens, n_experts, 1), jnp.full((1, tokens, 1), 0.7)
+    choice, weight = (
+        small_models.choices("mixed", tokens, n_experts, 1),
+        jnp.full((1, tokens, 1), 0.7),
+    )
 
     def run(form: Any, dtype: Any) -> Any:
         def total(p: Any) -> Any:
@@ -176,7 +170,7 @@ def test_the_form_that_saves_memory(family: str) -> None:
     p = small_models.fill(layers.mlp_leaves(family, WIDTH, FFN, (n_experts,)))
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((1, tokens, WIDTH)), jnp.float32)
-    choice = chosen("mixed", tokens, n_experts, top_k)
+    choice = small_models.choices("mixed", tokens, n_experts, top_k)
     weight = jnp.asarray(rng.uniform(0.1, 1, choice.shape), jnp.float32)
 
     def gradient(form: Any, dtype: Any) -> Any:

@@ -77,6 +77,11 @@ def image(url: str) -> dict[str, Any]:
     return {"type": "image_url", "image_url": {"url": url}}
 
 
+def shown(question: str, *pictures: np.ndarray) -> list[dict[str, Any]]:
+    """The content of a message, its images last."""
+    return [{"type": "text", "text": question}, *(image(data_url(p)) for p in pictures)]
+
+
 def body(question: Any = "What is it?", **other: Any) -> dict[str, Any]:
     """A request with one question, or with whole messages."""
     said = {"model": "tiny", "messages": [{"role": "user", "content": question}]}
